@@ -1,0 +1,17 @@
+"""Types that say which values an argument takes; `config` checks configurations by them. Floor 0."""
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+
+Ways = Annotated[int, Ge(2)]
+WaysRange = Ways | tuple[Ways, Ways]
+"""A fixed number of classes or an inclusive range to draw it from."""
+ShotsRange = PositiveInt | tuple[PositiveInt, PositiveInt]

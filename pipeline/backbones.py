@@ -1,0 +1,242 @@
+"""Backbones: plain modules from images (m, C, H, W) to embeddings (m, out_dim). Floor 1.
+
+`norm` is explicit everywhere:
+    batch        running statistics: inductive
+    batch_stats  statistics of the batch at hand: transductive, what the MAML papers did
+    group        group norm in up to 8 groups: inductive, no statistics kept
+    none         no norm
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.annotations import PositiveInt, Probability
+from pipeline.errors import UserError
+
+Norm = Literal["batch", "batch_stats", "group", "none"]
+
+
+class BatchStatsNorm(nn.Module):
+    """Batch norm by the statistics of the batch at hand, in training and evaluation alike.
+
+    Written from var_mean and rsqrt: torch's fused batch norm gives wrong second-order gradients
+    under vmap (they disagree with finite differences), this form is exact in every mode.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, C, ...) -> the same shape."""
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        var, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+        scale = self.weight.view(shape) * torch.rsqrt(var + self.eps)
+        return x * scale + (self.bias.view(shape) - mean * scale)
+
+
+def make_norm(norm: Norm, channels: int, dims: int = 2) -> nn.Module:
+    """A norm layer for (m, channels, ...) with `dims` spatial dimensions (0 or 2)."""
+    match norm:
+        case "batch":
+            return nn.BatchNorm2d(channels) if dims else nn.BatchNorm1d(channels)
+        case "batch_stats":
+            return BatchStatsNorm(channels)
+        case "group":
+            return nn.GroupNorm(math.gcd(channels, 8), channels)
+        case "none":
+            return nn.Identity()
+
+
+def is_transductive(module: nn.Module) -> bool:
+    """Whether an output depends on the other images of its batch in evaluation."""
+    return any(isinstance(part, BatchStatsNorm) for part in module.modules())
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, norm, ReLU and a halving, as in Vinyals et al. 2016.
+
+    The halving is a max-pool (MatchingNet, ProtoNet, MAML on miniImageNet) or the stride of the
+    convolution (MAML on Omniglot; Finn et al. 2017, App. A.1). Pooling stands before ReLU, which
+    gives the same numbers from a quarter of the elements. The output is flattened.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        width: PositiveInt,
+        norm: Norm,
+        downsample: Literal["max_pool", "stride"],
+    ) -> None:
+        super().__init__()
+        if downsample == "max_pool" and image_size < 16:
+            raise UserError(
+                f"backbone.downsample: four max-pools need images of 16 px or more, found "
+                f"{image_size}; use backbone.downsample=stride"
+            )
+        stride = 2 if downsample == "stride" else 1
+        blocks: list[nn.Module] = []
+        channels, size = in_channels, image_size
+        for _ in range(4):
+            block = [nn.Conv2d(channels, width, 3, stride, padding=1), make_norm(norm, width)]
+            if downsample == "max_pool":
+                block.append(nn.MaxPool2d(2))
+            blocks.append(nn.Sequential(*block, nn.ReLU()))
+            channels, size = width, (size + 1) // 2 if stride == 2 else size // 2
+        self.blocks = nn.Sequential(*blocks)
+        self.out_dim = width * size * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, C, H, W) -> (m, out_dim)."""
+        return self.blocks(x.contiguous(memory_format=torch.channels_last)).flatten(1)
+
+
+class MLP(nn.Module):
+    """Fully connected layers with norm and ReLU; Finn et al. 2017, App. A.1 has 256-128-64-64."""
+
+    def __init__(
+        self, in_channels: int, image_size: int, widths: list[PositiveInt], norm: Norm
+    ) -> None:
+        super().__init__()
+        sizes = [in_channels * image_size**2, *widths]
+        self.layers = nn.Sequential(
+            *[
+                nn.Sequential(nn.Linear(a, b), make_norm(norm, b, dims=0), nn.ReLU())
+                for a, b in zip(sizes, sizes[1:], strict=False)
+            ]
+        )
+        self.out_dim = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, C, H, W) -> (m, out_dim)."""
+        return self.layers(x.flatten(1))
+
+
+class DropBlock(nn.Module):
+    """Drops square regions of feature maps in training. Ghiasi, Lin, Le 2018, algorithm 1.
+
+    https://arxiv.org/abs/1810.12890. gamma is their eq. 1; the kept activations are rescaled.
+    """
+
+    def __init__(self, probability: float, block_size: int) -> None:
+        super().__init__()
+        self.probability, self.block_size = probability, block_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, C, H, W) -> the same shape."""
+        if not self.training or not self.probability:
+            return x
+        h, w = x.shape[2:]
+        b = min(self.block_size, h, w)
+        gamma = self.probability * h * w / b**2 / ((h - b + 1) * (w - b + 1))
+        seeds = torch.rand(*x.shape[:2], h - b + 1, w - b + 1, device=x.device) < gamma
+        dropped = F.max_pool2d(F.pad(seeds.to(x.dtype), (b - 1,) * 4), b, stride=1)
+        keep = 1 - dropped  # (m, C, H, W)
+        return x * keep * (keep.numel() / keep.sum().clamp(min=1))
+
+
+class ResNet12(nn.Module):
+    """Four residual blocks of three convolutions, as in TADAM and MetaOptNet (Lee et al. 2019).
+
+    https://arxiv.org/abs/1904.03758, section 4.1: widths 64-160-320-640, leaky ReLU 0.1, DropBlock
+    in the last two blocks and dropout in the first two. The output is the spatial mean.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        widths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt],
+        norm: Norm,
+        drop: Probability,
+        block_size: PositiveInt,
+    ) -> None:
+        super().__init__()
+        drops = [nn.Dropout(drop), nn.Dropout(drop), *(DropBlock(drop, block_size) for _ in "34")]
+        sizes = [in_channels, *widths]
+        self.blocks = nn.Sequential(
+            *[
+                _ResidualBlock(a, b, norm, d)
+                for a, b, d in zip(sizes, sizes[1:], drops, strict=False)
+            ]
+        )
+        self.out_dim = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, C, H, W) -> (m, out_dim)."""
+        return self.blocks(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, width: int, norm: Norm, drop: nn.Module) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(3):
+            layers += [
+                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1, bias=False),
+                make_norm(norm, width),
+                nn.LeakyReLU(0.1),
+            ]
+        self.body = nn.Sequential(*layers[:-1])  # the last activation follows the sum
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False), make_norm(norm, width)
+        )
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.body(x) + self.shortcut(x), 0.1)
+        return self.drop(F.max_pool2d(x, 2, ceil_mode=True))
+
+
+class TorchvisionBackbone(nn.Module):
+    """Any classifier of `torchvision.models` without its last linear layer.
+
+    Args:
+        name: as `torchvision.models.list_models()` spells it.
+        weights: "DEFAULT", another weights name of that model (both downloaded by torchvision) or
+            null for random weights.
+        norm: "batch" keeps the model's batch norms, another value replaces them.
+    """
+
+    def __init__(self, in_channels: int, name: str, weights: str | None, norm: Norm) -> None:
+        super().__init__()
+        import torchvision
+
+        allowed = torchvision.models.list_models(module=torchvision.models)
+        if name not in allowed:
+            raise UserError(f"backbone.name: no model {name!r}; allowed are {', '.join(allowed)}")
+        if in_channels != 3:
+            raise UserError(
+                f"backbone={name}: torchvision models take RGB, the data has {in_channels} "
+                "channel(s); set data.image_shape=[3,H,W]"
+            )
+        try:
+            self.model = torchvision.models.get_model(name, weights=weights)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"backbone.weights: {weights!r} of {name}: {error}") from error
+        linear = [(p, m) for p, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        if not linear or linear[-1][1].out_features != 1000:
+            raise UserError(f"backbone.name: {name} does not end in a linear classifier")
+        path, last = linear[-1]
+        self.model.set_submodule(path, nn.Identity())
+        self.out_dim = last.in_features
+        if norm != "batch":
+            _replace_batch_norms(self.model, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(m, 3, H, W) -> (m, out_dim)."""
+        out = self.model(x)
+        return (out if isinstance(out, Tensor) else out[0]).flatten(1)  # some add auxiliary heads
+
+
+def _replace_batch_norms(model: nn.Module, norm: Norm) -> None:
+    for path, part in list(model.named_modules()):
+        if isinstance(part, nn.BatchNorm2d):
+            model.set_submodule(path, make_norm(norm, part.num_features))

@@ -1,0 +1,67 @@
+"""The command line of every command: compose, report bad input in one line, run. Floor 5.
+
+Nothing heavy is imported before `run`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.compose import CONF, compose_config, one_line
+from pipeline.errors import UserError
+
+COMMANDS = {
+    "train": "meta-train a learner, keep the best checkpoint, test it once",
+    "evaluate": "score a trained run on the fixed test episodes, or on other data",
+    "ui": "open the MLflow UI on the tracked runs",
+}
+
+
+def help_text(name: str) -> str:
+    """The header of the command's configuration, its groups and their options."""
+    header, keys = [], []
+    for line in (CONF / f"{name}.yaml").read_text().splitlines():
+        (header if line.startswith("#") and not keys else keys).append(line)
+    lines = [line.removeprefix("#").removeprefix(" ") for line in header]
+    lines += ["", f"Keys and defaults (conf/{name}.yaml):", ""]
+    lines += [f"  {line}" for line in keys if line.strip()]
+    lines += ["", "Groups (GROUP=OPTION; a file in conf/GROUP each):", ""]
+    for group in sorted(p for p in CONF.iterdir() if p.is_dir()):
+        options = sorted(p.stem for p in group.glob("*.yaml"))
+        if options:
+            lines.append(f"  {group.name}: {' '.join(options)}")
+    lines += ["", "--cfg prints the composed configuration and stops."]
+    return "\n".join(lines)
+
+
+def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
+    """Entry point of `python -m pipeline.NAME`: exit 0, 2 for bad input, 130 when interrupted.
+
+    Args:
+        name: of the command and of its configuration.
+        run: gets the composed configuration and the overrides it was composed with.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(name))
+        return
+    try:
+        overrides = [a for a in arguments if a != "--cfg"]
+        cfg = compose_config(name, overrides)
+        if "--cfg" in arguments:
+            print(OmegaConf.to_yaml(cfg))
+            return
+        run(cfg, overrides)
+    except (UserError, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        text = str(error) if isinstance(error, UserError) else one_line(error)
+        for line in text.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

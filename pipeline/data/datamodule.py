@@ -1,0 +1,212 @@
+"""EpisodicDataModule: three class-disjoint splits of an image source -> three loaders. Floor 2."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline.annotations import NonNegativeInt, PositiveInt, ShotsRange, Ways, WaysRange
+from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Range
+from pipeline.data.pool import ImagePool, ImageSource
+from pipeline.data.transforms import Augmentation, to_float
+from pipeline.episode import Episode
+from pipeline.errors import UserError
+
+Split = Literal["train", "val", "test"]
+
+
+class EpisodicDataModule(pl.LightningDataModule):
+    """Episodes of a data set; images stay uint8 until `on_after_batch_transfer`.
+
+    Args:
+        source: the data set.
+        n_way, k_shot, n_query: shape of validation and test episodes.
+        train_n_way, train_k_shot, train_n_query: shape of training episodes; ranges vary it.
+        meta_batch_size: tasks in a training step of one process.
+        batches_per_epoch: training steps between two validations.
+        val_episodes, test_episodes: how many, the same ones every time.
+        seed: names the stream of training episodes.
+        eval_seed: names those of validation and test, apart from `seed` so that runs which differ
+            in seed are scored on the same episodes.
+        mean, std: standardise images scaled to 0..1; one number or one a channel.
+        augmentation: of training images, or None.
+        num_workers: loader processes; 0 gathers in the main process.
+        image_shape: (C, H, W) that images are adapted to; the source's own by default.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        n_way: Ways,
+        k_shot: PositiveInt,
+        n_query: PositiveInt,
+        train_n_way: WaysRange,
+        train_k_shot: ShotsRange,
+        train_n_query: PositiveInt,
+        meta_batch_size: PositiveInt,
+        batches_per_epoch: PositiveInt,
+        val_episodes: PositiveInt,
+        test_episodes: PositiveInt,
+        seed: NonNegativeInt,
+        eval_seed: NonNegativeInt,
+        mean: list[float],
+        std: list[float],
+        augmentation: Augmentation | None,
+        num_workers: NonNegativeInt,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
+        self.train_shape = (_as_range(train_n_way), _as_range(train_k_shot), train_n_query)
+        self.meta_batch_size, self.batches_per_epoch = meta_batch_size, batches_per_epoch
+        self.val_episodes, self.test_episodes = val_episodes, test_episodes
+        self.seed, self.eval_seed = seed, eval_seed
+        self.mean, self.std = mean, std
+        self.augmentation, self.num_workers = augmentation, num_workers
+        self._image_shape = image_shape
+        self._pool: ImagePool | None = None
+        self._classes: dict[str, list[int]] = {}
+
+    @property
+    def pool(self) -> ImagePool:
+        """All images of the source, loaded on first use."""
+        if self._pool is None:
+            pool, splits = self.source.load()
+            ids = {name: i for i, name in enumerate(pool.class_names)}
+            refuse_overlap(splits)
+            self._classes = {split: [ids[c] for c in names] for split, names in splits.items()}
+            self._pool = pool
+        return self._pool
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that learners get."""
+        return self._image_shape or self.pool.image_shape
+
+    def classes(self, split: Split) -> list[int]:
+        """Class ids of a split."""
+        _ = self.pool
+        return self._classes[split]
+
+    def sampler(
+        self, split: Split, n_way: Range, k_shot: Range, n_query: int, tasks_per_shape: int = 1
+    ) -> EpisodeSampler:
+        """The stream of episodes of a split in a given shape.
+
+        Raises:
+            UserError: if the split cannot fill such episodes.
+        """
+        return EpisodeSampler(
+            self.pool.labels,
+            self.classes(split),
+            self.pool.class_names,
+            n_way,
+            k_shot,
+            n_query,
+            self.seed if split == "train" else self.eval_seed,
+            split,
+            tasks_per_shape,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Load the pool and check that the splits can fill the episodes asked for.
+
+        Raises:
+            UserError: naming every split that cannot.
+        """
+        problems = []
+        for split in ("train", "val") if stage == "fit" else (stage.replace("validate", "val"),):
+            try:
+                self._dataset(split)  # type: ignore[arg-type]  # one of Split by construction
+            except UserError as error:
+                problems.append(f"data.{'train_' if split == 'train' else ''}{error}")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _dataset(self, split: Split) -> EpisodeDataset:
+        if split == "train":
+            group = self.meta_batch_size * self._world()[1]
+            return EpisodeDataset(self.pool, self.sampler("train", *self.train_shape, group))
+        return EpisodeDataset(
+            self.pool, self.sampler(split, self.n_way, self.k_shot, self.n_query)
+        )
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, split: Split, batch_size: int, episodes: int) -> DataLoader[Episode]:
+        batches = EpisodeBatches(batch_size, episodes, *self._world(), repeat=split != "train")
+        return DataLoader(
+            self._dataset(split),
+            sampler=batches,  # type: ignore[arg-type]  # yields lists: the data set stacks them
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the endless training stream."""
+        world = self._world()[1]
+        each = self.meta_batch_size
+        return self._loader("train", each, self.batches_per_epoch * each * world)
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        """The fixed validation episodes, one a batch."""
+        return self._loader("val", 1, self.val_episodes)
+
+    def test_dataloader(self) -> DataLoader[Episode]:
+        """The fixed test episodes, one a batch."""
+        return self._loader("test", 1, self.test_episodes)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""
+        return to_float(images, self.image_shape, self.mean, self.std)
+
+    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+        """Augment (in training) and standardise on the device."""
+        augment = self.augmentation if self.trainer and self.trainer.training else None
+        generator = torch.Generator()
+        if augment:  # a function of the episode alone, as the episode is of its index
+            generator.manual_seed(self.seed * 0x9E3779B1 + int(batch.index.flatten()[0]))
+
+        def ready(images: Tensor) -> Tensor:
+            tasks, m = images.shape[:2]
+            flat = images.flatten(0, 1)  # (tasks*m, C, H, W)
+            flat = augment(flat, generator) if augment else flat
+            return self.prepare(flat).unflatten(0, (tasks, m))
+
+        return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
+
+
+def refuse_overlap(splits: dict[str, Sequence[str]] | object) -> None:
+    """Meta-learning is tested on classes never seen: no class may stand in two splits.
+
+    Raises:
+        UserError: naming the first class that does.
+    """
+    assert isinstance(splits, dict)
+    for (first, a), (second, b) in combinations(splits.items(), 2):
+        shared = sorted(set(a) & set(b))
+        if shared:
+            raise UserError(
+                f"splits: class {shared[0]!r} is in both {first!r} and {second!r} "
+                f"({len(shared)} such); splits must be disjoint in classes"
+            )
+
+
+def _as_range(value: Range | Sequence[int]) -> Range:
+    """YAML gives a range as a list."""
+    return value if isinstance(value, int) else (value[0], value[1])
+
+
+def class_counts(pool: ImagePool, classes: Sequence[int]) -> np.ndarray:
+    """Number of images of each of `classes`."""
+    return np.bincount(pool.labels, minlength=len(pool.class_names))[list(classes)]

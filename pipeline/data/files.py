@@ -1,0 +1,136 @@
+"""Image files of a folder tree or of zip files: listed and read, not decoded. Floor 1."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from pipeline.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image file, not opened yet.
+
+    Attributes:
+        member: path below `container`, with "/".
+        size: bytes.
+        stamp: modification time in ns, or the CRC-32 if it lies in a zip.
+        container: the folder or the zip that was scanned.
+        zipped: whether `container` is a zip.
+    """
+
+    member: str
+    size: int
+    stamp: int
+    container: Path
+    zipped: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Folder names and file name below `container`."""
+        return tuple(part for part in self.member.split("/") if part not in ("", "."))
+
+    def __str__(self) -> str:
+        return f"{self.container}/{self.member}"
+
+
+Read = Callable[[Entry], bytes]
+
+
+def scan(root: Path) -> list[Entry]:
+    """List the images of a zip, or of a folder tree and the zips that lie in its first level.
+
+    Hidden files and folders, and files without one of `SUFFIXES`, are left out.
+
+    Returns:
+        Entries in the order of their paths; zips come first.
+
+    Raises:
+        UserError: if a folder cannot be read or a zip is damaged.
+    """
+    if root.is_file():
+        return _scan_zip(root)
+    try:
+        zips = sorted(p for p in root.iterdir() if p.suffix.lower() == ".zip" and p.is_file())
+        loose = sorted(_walk(root, root, frozenset()), key=lambda entry: entry.parts)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    visible = [path for path in zips if not path.name.startswith(".")]
+    return [entry for path in visible for entry in _scan_zip(path)] + loose
+
+
+def _walk(folder: Path, root: Path, above: frozenset[str]) -> Iterator[Entry]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that holds it
+        return
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            path = Path(item.path)
+            if item.is_dir():
+                yield from _walk(path, root, above | {real})
+            elif path.suffix.lower() in SUFFIXES:
+                stat = item.stat()
+                member = path.relative_to(root).as_posix()
+                yield Entry(member, stat.st_size, stat.st_mtime_ns, root, False)
+
+
+def _scan_zip(file: Path) -> list[Entry]:
+    with _open_zip(file) as archive:
+        entries = [
+            Entry(info.filename, info.file_size, info.CRC, file, True)
+            for info in archive.infolist()
+            if not info.is_dir() and info.filename.lower().endswith(SUFFIXES)
+        ]
+    return sorted((e for e in entries if not _hidden(e)), key=lambda entry: entry.parts)
+
+
+def _hidden(entry: Entry) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in entry.parts)
+
+
+def _open_zip(file: Path) -> ZipFile:
+    try:
+        return ZipFile(file)
+    except (BadZipFile, OSError) as error:
+        raise UserError(
+            f"{file}: not a readable zip ({error}); delete it and get it again"
+        ) from error
+
+
+@contextmanager
+def reader(entries: Iterable[Entry]) -> Iterator[Read]:
+    """Give a thread-safe function that reads an entry; each zip is opened once."""
+    with ExitStack() as stack:
+        zips = {e.container for e in entries if e.zipped}
+        archives = {file: stack.enter_context(_open_zip(file)) for file in zips}
+        lock = threading.Lock()
+
+        def read(entry: Entry) -> bytes:
+            if not entry.zipped:
+                return (entry.container / entry.member).read_bytes()
+            with lock:
+                return archives[entry.container].read(entry.member)
+
+        yield read
+
+
+def digest(entries: Iterable[Entry]) -> str:
+    """SHA-256 (hex) of paths, sizes and times or CRCs: changes when a file does.
+
+    A CRC speaks for the content wherever the zip lies; a time only for the file at that place.
+    """
+    rows = [
+        (None if e.zipped else str(e.container.resolve()), e.member, e.size, e.stamp)
+        for e in entries
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""From uint8 images to what a network takes, on the device and in batches. Floor 1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.annotations import NonNegativeInt, Probability
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def to_float(
+    images: Tensor,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Adapt channels and size, scale to 0..1, then standardise.
+
+    Args:
+        images: (m, C, H, W) uint8.
+        image_shape: (C', H', W') that the network takes; grey becomes RGB by repetition, RGB
+            becomes grey by luma.
+        mean, std: one number for all channels or one a channel, in 0..1.
+
+    Returns:
+        (m, C', H', W') float32.
+    """
+    channels, *size = image_shape
+    x = images.float() / 255
+    if x.shape[1] == 3 and channels == 1:
+        x = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    elif x.shape[1] == 1 and channels == 3:
+        x = x.expand(-1, 3, -1, -1)
+    if list(x.shape[2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return (x - x.new_tensor(mean).view(1, -1, 1, 1)) / x.new_tensor(std).view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, flip and colour jitter of uint8 images, each image its own draw.
+
+    Attributes:
+        crop_padding: zeros added on every side before a crop of the old size; 0 is no crop.
+        flip: mirror left-right with probability one half.
+        jitter: brightness, contrast and saturation are each scaled by 1 +- U[0, jitter].
+    """
+
+    crop_padding: NonNegativeInt
+    flip: bool
+    jitter: Probability
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """(m, C, H, W) uint8 -> the same shape and dtype; the generator is on the CPU."""
+        if self.crop_padding:
+            images = _random_crop(images, self.crop_padding, generator)
+        if self.flip:
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            mirrored = mirrored.to(images.device).view(-1, 1, 1, 1)
+            images = torch.where(mirrored, images.flip(-1), images)
+        if self.jitter:
+            images = _colour_jitter(images, self.jitter, generator)
+        return images
+
+
+def _random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    m, _, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    corner = torch.randint(0, 2 * padding + 1, (2, m, 1), generator=generator).to(images.device)
+    rows = corner[0] + torch.arange(h, device=images.device)  # (m, h)
+    columns = corner[1] + torch.arange(w, device=images.device)  # (m, w)
+    each = torch.arange(m, device=images.device).view(m, 1, 1)
+    # advanced indices around the channel slice put it last: (m, h, w, C)
+    return padded[each, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    brightness, contrast, saturation = factors.to(images.device)
+    x = images.float() * brightness
+    x = (x - x.mean((1, 2, 3), keepdim=True)) * contrast + x.mean((1, 2, 3), keepdim=True)
+    grey = x.mean(1, keepdim=True)
+    return (grey + (x - grey) * saturation).clamp(0, 255).to(torch.uint8)

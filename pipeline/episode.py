@@ -1,0 +1,33 @@
+"""Episode: the one place that defines the shapes of a task. Floor 0."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+Classifier = Callable[[Tensor], Tensor]
+"""Images (m, C, H, W) to logits (m, n_way)."""
+
+
+class Episode(NamedTuple):
+    """One task, or a meta-batch of tasks with a leading tasks axis on every field.
+
+    Images are uint8 as the loader yields them and float once they are on the device.
+
+    Attributes:
+        support_x: (n_way*k_shot, C, H, W) labelled images.
+        support_y: (n_way*k_shot,) int64, classes 0..n_way-1 of this task.
+        query_x: (n_way*n_query, C, H, W) images to classify.
+        query_y: (n_way*n_query,) int64.
+        index: () int64, the episode's number in its stream; identifies it for good.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    index: Tensor
+
+    def tasks(self) -> "list[Episode]":
+        """The tasks of a meta-batch, each without the tasks axis."""
+        return [Episode(*fields) for fields in zip(*self, strict=True)]

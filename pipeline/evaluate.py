@@ -1,0 +1,60 @@
+"""`python -m pipeline.evaluate`: score a trained run on fixed test episodes. Floor 5."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.train import quieten
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Score the best checkpoint of a run, or a checkpoint file, and write the result to the run.
+
+    Returns:
+        `run_id` (None for a bare checkpoint) and the test metrics, accuracies in 0..1.
+
+    Raises:
+        UserError: for bad input.
+    """
+    if (cfg.run is None) == (cfg.checkpoint is None):
+        raise UserError(
+            f"run, checkpoint: found run={cfg.run}, checkpoint={cfg.checkpoint}; give one of them"
+        )
+    quieten()
+    from pathlib import Path
+
+    import torch
+
+    from pipeline import checkpoints, config, reporting, tracking
+    from pipeline.scoreboard import make_test_sets
+
+    path = tracking.find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
+    trained = checkpoints.restore_config(path)
+    image_shape = tuple(trained.data.image_shape)
+    source = cfg.data if "data" in cfg else trained.data
+    changes = {k: cfg[k] for k in ("n_way", "n_query") if cfg[k] is not None}
+    if cfg.episodes is not None:
+        changes["test_episodes"] = cfg.episodes
+    trained.also_test = cfg.also_test
+    shots = trained.test_k_shot if cfg.k_shot is None else cfg.k_shot
+    shots = [shots] if isinstance(shots, int) else list(shots)
+
+    learner = config.build_learner(trained, image_shape)
+    checkpoints.load_weights(learner, path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    learner.to(device)
+    trained.data = config.with_source(
+        trained.data, source, image_shape=list(image_shape), **changes
+    )
+    config.check(trained)
+    data = config.build_data(trained.data)
+    sets = make_test_sets(trained, data, shots)
+    with tracking.existing_run(cfg.run) if cfg.run else tracking.no_run() as tracked:
+        return reporting.test_and_report(tracked, learner, sets, trained.published)
+
+
+if __name__ == "__main__":
+    main("evaluate", run)

@@ -1,0 +1,87 @@
+"""Pure maths of few-shot learning. Floor 0: torch only, no state, one task at a time."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def count_ways(support_y: Tensor) -> int:
+    """n_way of a support set: its largest label plus one.
+
+    Raises:
+        ValueError: if a class of 0..n_way-1 has no support image.
+    """
+    n_way = int(support_y.max()) + 1
+    missing = (torch.bincount(support_y, minlength=n_way) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(f"support set: no image of class {missing[0]} of 0..{n_way - 1}")
+    return n_way
+
+
+def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
+    """Mean embedding of each class; classes may hold different numbers of images.
+
+    Snell, Swersky, Zemel 2017, eq. 1, https://arxiv.org/abs/1703.05175.
+
+    Args:
+        support_z: (m, d).
+        support_y: (m,), classes 0..n_way-1, each present.
+        n_way: number of classes.
+
+    Returns:
+        (n_way, d).
+    """
+    member = F.one_hot(support_y, n_way).to(support_z.dtype)  # (m, n_way)
+    return (member.T @ support_z) / member.sum(0).unsqueeze(1)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distance of every row of a to every row of b: (m, d), (n, d) -> (m, n)."""
+    return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of rows whose largest logit is at y: (m, n), (m,) -> ()."""
+    return (logits.argmax(1) == y).float().mean()
+
+
+def inner_sgd(
+    loss: Callable[[Params], Tensor], theta: Params, lr: float, steps: int, first_order: bool
+) -> Params:
+    """Adapt by gradient descent: phi <- phi - lr * d loss / d phi, `steps` times.
+
+    Finn, Abbeel, Levine 2017, eq. 1, https://arxiv.org/abs/1703.03400. The result is
+    differentiable in theta. First order (their section 5.2) takes the inner gradient at a detached
+    point, so that no second derivative is ever built; d phi / d theta is then the identity.
+
+    Returns:
+        Adapted parameters, same keys as theta.
+    """
+    phi = theta
+    for _ in range(steps):
+        point = {k: v.detach() for k, v in phi.items()} if first_order else phi
+        gradient = torch.func.grad(loss)(point)
+        phi = {k: v - lr * gradient[k] for k, v in phi.items()}
+    return phi
+
+
+class MeanInterval(NamedTuple):
+    """A mean over episodes and the half width of its interval, in the unit of the values."""
+
+    mean: float
+    ci95: float
+
+
+def mean_ci95(values: Tensor) -> MeanInterval:
+    """Mean and 95 % normal-approximation half width, 1.96 s / sqrt(n), of values (n,).
+
+    s is the sample deviation (n - 1). One value has no interval: ci95 is nan.
+    """
+    values = values.double()
+    deviation = values.std(correction=1) if len(values) > 1 else torch.tensor(float("nan"))
+    return MeanInterval(values.mean().item(), (1.96 * deviation / len(values) ** 0.5).item())

@@ -1,0 +1,123 @@
+"""MetaLearner: what every learner shares. Floor 3."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeline.backbones import is_transductive
+from pipeline.episode import Classifier, Episode
+from pipeline.functional import accuracy
+from pipeline.metrics import EpisodeAccuracy
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class MetaLearner(pl.LightningModule, ABC):
+    """Maps a support set to a classifier; everything else follows from `adapt`.
+
+    Args:
+        optimizer: of the outer loop, from parameters (any of torch.optim, partially applied).
+        scheduler: of its rate, stepped once a training step; None keeps the rate.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+        super().__init__()
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
+
+    @abstractmethod
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
+        """Turn one support set into a classifier; leaves the learner as it was.
+
+        Args:
+            support_x: (m, C, H, W) float, one task, no tasks axis.
+            support_y: (m,) int64, classes 0..n_way-1, any order, any number of images a class.
+
+        Returns:
+            Classifier from query_x (m, C, H, W) to logits (m, n_way).
+
+        Raises:
+            ValueError: if a class of 0..n_way-1 has no support image.
+        """
+
+    @property
+    def label(self) -> str:
+        """The name that tables show."""
+        return type(self).__name__
+
+    @property
+    def protocol(self) -> str:
+        """"transductive" if a prediction depends on the other queries, else "inductive"."""
+        return "transductive" if is_transductive(self) else "inductive"
+
+    def task_loss(self, task: Episode) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and accuracy of the adapted classifier on the queries of a task."""
+        logits = self.adapt(task.support_x, task.support_y)(task.query_x)  # (m, n_way)
+        return F.cross_entropy(logits, task.query_y), accuracy(logits, task.query_y)
+
+    def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        """What the outer optimiser descends, over a meta-batch.
+
+        Returns:
+            The tensor to differentiate, the mean query loss to report, and the mean accuracy.
+        """
+        losses, accuracies = zip(*map(self.task_loss, batch.tasks()), strict=True)
+        loss = torch.stack(losses).mean()
+        return loss, loss.detach(), torch.stack(accuracies).mean()
+
+    def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
+        """Seed dropout and the like by the step, so that a resumed run draws the same masks."""
+        torch.manual_seed((self.global_rank << 40) + self.global_step)
+
+    def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
+        """One step over a meta-batch; logs train/loss and train/acc."""
+        objective, loss, acc = self.meta_loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/acc", acc, prog_bar=True)
+        return objective
+
+    def _evaluate(self, batch: Episode, split: str, metric: EpisodeAccuracy) -> None:
+        for task in batch.tasks():
+            loss, acc = self.task_loss(task)
+            metric.update(acc)
+            self.log(f"{split}/loss", loss, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+        """Score the validation episodes of a batch."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: Episode, batch_idx: int) -> None:
+        """Score the test episodes of a batch."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def _log_epoch(self, split: str, metric: EpisodeAccuracy) -> None:
+        for name, value in metric.compute().items():
+            self.log(f"{split}/{name}", value, prog_bar=name == "acc")
+        metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/acc and val/acc_ci95."""
+        self._log_epoch("val", self.val_accuracy)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/acc and test/acc_ci95."""
+        self._log_epoch("test", self.test_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        """The outer optimiser and, if asked for, its schedule in steps."""
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

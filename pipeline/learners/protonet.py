@@ -1,0 +1,16 @@
+"""Prototypical networks. Snell, Swersky, Zemel 2017, https://arxiv.org/abs/1703.05175."""
+
+from torch import Tensor
+
+from pipeline.episode import Classifier
+from pipeline.functional import count_ways, prototypes, squared_distances
+from pipeline.learners.embedding import EmbeddingLearner
+
+
+class ProtoNet(EmbeddingLearner):
+    """Classify by squared Euclidean distance to the mean support embedding of each class."""
+
+    def head(self, support_z: Tensor, support_y: Tensor) -> Classifier:
+        """Logits are minus the squared distances to the prototypes (eq. 1-2 of the paper)."""
+        means = prototypes(support_z, support_y, count_ways(support_y))  # (n_way, d)
+        return lambda query_z: -squared_distances(query_z, means)

@@ -1,0 +1,64 @@
+"""How far training is: a bar on a terminal, a line a validation elsewhere. Floor 3."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+
+from pipeline.episode import Episode
+
+
+class Throughput(Callback):
+    """Logs `train/episodes_per_s` of the steps since the last validation (all processes)."""
+
+    def __init__(self) -> None:
+        self._since, self._episodes = time.perf_counter(), 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation and checkpoints do not count."""
+        self._since, self._episodes = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Episode,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Count the tasks of the batch."""
+        self._episodes += len(batch.index) * trainer.world_size
+        rate = self._episodes / (time.perf_counter() - self._since)
+        pl_module.log("train/episodes_per_s", rate, prog_bar=True)
+
+
+class LineProgress(Callback):
+    """One line a validation: step, loss, accuracies, speed and time left."""
+
+    def __init__(self) -> None:
+        self._start, self._first = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run does not start at step 0."""
+        self._start, self._first = time.perf_counter(), trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print it."""
+        if not trainer.is_global_zero:
+            return
+        step, total = trainer.global_step, trainer.max_steps
+        seen = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        spent = time.perf_counter() - self._start
+        left = spent / max(1, step - self._first) * (total - step)
+        parts = [f"step {step}" + (f"/{total}" if total > 0 else "")]
+        for key, form in (("train/loss", "{:.3f}"), ("train/acc", "{:.3f}"), ("val/acc", "{:.4f}")):
+            if key in seen:
+                parts.append(f"{key} {form.format(seen[key])}")
+        parts.append(f"{seen.get('train/episodes_per_s', 0):.1f} episodes/s")
+        if total > 0:
+            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
+        print("  ".join(parts), flush=True)
+
+
+def progress_callbacks() -> list[Callback]:
+    """Throughput, and the form of progress that fits where the output goes."""
+    shown = RichProgressBar() if sys.stdout.isatty() else LineProgress()
+    return [Throughput(), shown]

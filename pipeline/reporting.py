@@ -1,0 +1,81 @@
+"""What a finished run leaves behind: table, metrics, pictures, data sets. Floor 4."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.data.episodes import EpisodeDataset
+from pipeline.figures import class_accuracy_figure, episode_figure
+from pipeline.learners.base import MetaLearner
+from pipeline.scoreboard import Result, TestSet, metrics, print_frame, score_all, to_frame
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Run
+
+
+def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[TestSet]) -> None:
+    """Name the data sets of a run, with fingerprints and class counts."""
+    used = {"training": data} | {test.name: test.data for test in sets if test.data is not data}
+    for context, each in used.items():
+        counts = {split: len(each.classes(split)) for split in ("train", "val", "test")}
+        run.log_dataset(
+            name=each.source.name,
+            fingerprint=each.pool.fingerprint,
+            source=type(each.source).__name__,
+            context="training" if context == "training" else "testing",
+            profile={"images": len(each.pool.labels), "classes": counts},
+        )
+
+
+def test_and_report(
+    run: "Run", learner: MetaLearner, sets: Sequence[TestSet], published: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Test once, print the table, and leave table, metrics and pictures with the run.
+
+    Returns:
+        `run_id` and the metrics, accuracies in 0..1.
+    """
+    results = score_all(learner, sets)
+    frame = to_frame(results, published)
+    numbers = metrics(results, sets[0], learner.label)
+    run.log_metrics(numbers, step=learner.trainer.global_step if learner._trainer else 0)
+    run.log_table(frame, "results")
+    for result in results:
+        if result.learner == learner.label:
+            _log_figures(run, learner, result)
+    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
+    run.print_where()
+    return {"run_id": run.run_id, **numbers}
+
+
+def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:
+    test, scores = result.test, result.scores
+    names = test.data.pool.class_names
+    by_class = {names[c]: value for c, value in scores.by_class().items()}
+    title = f"{result.learner} on {test.name}, {test.n_way}-way {test.k_shot}-shot"
+    run.log_figure(class_accuracy_figure(by_class, title), f"figures/classes_{test.key}.png")
+    run.log_figure(_first_episode(learner, test, title), f"figures/episode_{test.key}.png")
+
+
+def _first_episode(learner: MetaLearner, test: TestSet, title: str) -> Any:
+    """A picture of test episode 0 with the predictions of the learner."""
+    sampler = test.sampler()
+    episode = EpisodeDataset(test.data.pool, sampler)[0]
+    chosen = sampler.sample([0])
+    device = learner.device
+    with torch.inference_mode():
+        support = test.data.prepare(episode.support_x.to(device))
+        query = test.data.prepare(episode.query_x.to(device))
+        logits = learner.adapt(support, episode.support_y.to(device))(query)
+    predicted = logits.argmax(1).cpu().unflatten(0, (test.n_way, -1))
+    truth = episode.query_y.unflatten(0, (test.n_way, -1))
+    return episode_figure(
+        test.data.pool.images[chosen.support[0]],
+        test.data.pool.images[chosen.query[0]],
+        (predicted == truth).numpy(),
+        predicted.numpy(),
+        [test.data.pool.class_names[c] for c in chosen.classes[0]],
+        f"{title}, episode 0: {100 * float((predicted == truth).float().mean()):.0f} % right",
+    )

@@ -1,0 +1,192 @@
+"""Test sets, the closing table and its terminal form. Floor 4."""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from pipeline import config
+from pipeline.compose import compose_config
+from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.data.episodes import EpisodeSampler
+from pipeline.errors import UserError
+from pipeline.learners.base import MetaLearner
+from pipeline.learners.evaluation import Scorer, Scores
+from pipeline.learners.pixel_centroid import PixelCentroid
+
+
+class TestSet(NamedTuple):
+    """Fixed episodes on which learners are compared."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    name: str
+    data: EpisodicDataModule
+    n_way: int
+    k_shot: int
+    n_query: int
+    episodes: int
+
+    def sampler(self) -> EpisodeSampler:
+        """The stream of these episodes: the same for every learner and run."""
+        return self.data.sampler("test", self.n_way, self.k_shot, self.n_query)
+
+    @property
+    def key(self) -> str:
+        """As metric names have it, e.g. digits_5w1s."""
+        return f"{self.name}_{self.n_way}w{self.k_shot}s"
+
+
+class Result(NamedTuple):
+    """One learner on one test set."""
+
+    learner: str
+    protocol: str
+    test: TestSet
+    scores: Scores
+
+
+def other_data(
+    cfg: DictConfig, spec: str | Mapping[str, Any], like: EpisodicDataModule
+) -> EpisodicDataModule:
+    """Another data set, adapted in channels, size and standardisation to the one trained on.
+
+    Args:
+        spec: a name in conf/data, or {"data": NAME, KEY: VALUE, ...} to set its keys too.
+
+    Raises:
+        UserError: for a name or a key that does not exist.
+    """
+    given = {"data": spec} if isinstance(spec, str) else dict(spec)
+    overrides = [f"{k if k == 'data' else f'data.{k}'}={v}" for k, v in given.items()]
+    try:
+        other = compose_config("train", overrides)
+        config.check(other)
+    except UserError as error:
+        raise UserError(f"also_test: {error}") from error
+    node = config.with_source(cfg.data, other.data, image_shape=list(like.image_shape))
+    return config.build_data(node)
+
+
+def make_test_sets(
+    cfg: DictConfig, data: EpisodicDataModule, k_shots: Sequence[int]
+) -> list[TestSet]:
+    """The test split of the data set and of every `also_test` set, at each number of shots.
+
+    Raises:
+        UserError: naming every set that cannot fill the episodes asked for.
+    """
+    sources = [data, *(other_data(cfg, spec, data) for spec in cfg.also_test)]
+    sets, problems = [], []
+    for source in sources:
+        for k_shot in k_shots:
+            test = TestSet(
+                source.source.name, source, data.n_way, k_shot, data.n_query, data.test_episodes
+            )
+            try:
+                test.sampler()
+            except UserError as error:
+                problems.append(f"test set {test.name}: {error}")
+            sets.append(test)
+    if problems:
+        raise UserError("\n".join(problems))
+    return sets
+
+
+def score_all(learner: MetaLearner, sets: Iterable[TestSet]) -> list[Result]:
+    """Score the learner and the pixel floor on every set, with a progress bar on a terminal."""
+    learners = [learner]
+    if not isinstance(learner, PixelCentroid):
+        learners.append(PixelCentroid().to(learner.device))
+    results = []
+    scorers: dict[tuple[int, int], Scorer] = {}
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        for test in sets:
+            for each in learners:
+                task = bar.add_task(f"test {test.key} {each.label}", total=test.episodes)
+                scorer = scorers.setdefault(
+                    (id(each), id(test.data)), Scorer(each, test.data, "test")
+                )
+
+                def done(n: int, task: TaskID = task) -> None:
+                    bar.update(task, completed=n)
+
+                scores = scorer.score(test.sampler(), test.episodes, done)
+                results.append(Result(each.label, each.protocol, test, scores))
+    return results
+
+
+def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row a result; accuracy and ci95 in percent.
+
+    Args:
+        published: values of the literature, each with data, n_way, k_shot, learner, accuracy and
+            source; shown beside the row that they match.
+    """
+    rows = []
+    for learner, protocol, test, scores in results:
+        mean, ci95 = scores.interval()
+        beside = [
+            p
+            for p in published
+            if (p["learner"], p["data"], p["n_way"], p["k_shot"])
+            == (learner, test.name, test.n_way, test.k_shot)
+        ]
+        rows.append(
+            {
+                "learner": learner,
+                "data": test.name,
+                "n_way": test.n_way,
+                "k_shot": test.k_shot,
+                "n_query": test.n_query,
+                "accuracy": round(100 * mean, 2),
+                "ci95": round(100 * ci95, 2),
+                "episodes": test.episodes,
+                "protocol": protocol,
+                "published": beside[0]["accuracy"] if beside else math.nan,
+                "published_source": beside[0]["source"] if beside else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def metrics(results: Iterable[Result], main: TestSet, learner: str) -> dict[str, float]:
+    """`test/SET_NwKs/acc` and `acc_ci95` in 0..1; those of the main set as `test/acc` too."""
+    out = {}
+    for result in results:
+        mean, ci95 = result.scores.interval()
+        floor = "" if result.learner == learner else "floor_"
+        for prefix in [f"test/{result.test.key}/"] + ["test/"] * (result.test is main):
+            out[f"{prefix}{floor}acc"] = mean
+            out[f"{prefix}{floor}acc_ci95"] = ci95
+    return out
+
+
+def print_frame(frame: pd.DataFrame, title: str) -> None:
+    """The table on standard output: for people, sets apart from each other."""
+    table = Table(title=title, title_justify="left")
+    shown = frame["published"].notna().any()
+    for name in ("test set", "task", "learner", "accuracy", "episodes", "protocol"):
+        table.add_column(name, justify="right" if name in ("accuracy", "episodes") else "left")
+    if shown:
+        table.add_column("published", justify="right")
+    for (data, k_shot), group in frame.groupby(["data", "k_shot"], sort=False):
+        for i, row in enumerate(group.itertuples()):
+            cells = [
+                data if i == 0 else "",
+                f"{row.n_way}-way {k_shot}-shot" if i == 0 else "",
+                row.learner,
+                f"{row.accuracy:.2f} ± {row.ci95:.2f} %",
+                str(row.episodes),
+                row.protocol,
+            ]
+            if shown:
+                cells.append("" if math.isnan(row.published) else f"{row.published:.1f} %")
+            table.add_row(*cells, end_section=i == len(group) - 1)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -1,0 +1,126 @@
+"""`python -m pipeline.train`: fit, keep the best checkpoint by validation, test it once. Floor 5."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.cli import main
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from pipeline.tracking import Run
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train as configured, track it in MLflow, print the closing table.
+
+    Args:
+        cfg: a composed `conf/train.yaml`.
+        overrides: what it was composed with; matters for `resume`, which starts from the stored
+            configuration and applies them again.
+
+    Returns:
+        `run_id` and the test metrics, accuracies in 0..1.
+
+    Raises:
+        UserError: for bad input, before anything is computed.
+    """
+    quieten()
+    import pytorch_lightning as pl
+
+    from pipeline import checkpoints, config, reporting, tracking
+    from pipeline.scoreboard import make_test_sets
+
+    resume = cfg.resume
+    if resume:
+        cfg = checkpoints.restore_config(tracking.find_checkpoint(resume, "last"), overrides)
+    config.check(cfg)
+    options = config.build_trainer_options(cfg)
+    data = config.build_data(cfg.data)
+    data.setup("fit") if "optimizer" in cfg.learner else data.setup("test")
+    sets = make_test_sets(cfg, data, cfg.test_k_shot)
+    pl.seed_everything(cfg.seed, verbose=False)
+    learner = config.build_learner(cfg, data.image_shape)
+
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    resolved["data"]["image_shape"] = list(data.image_shape)
+    tags = {
+        "seed": cfg.seed,
+        "data.fingerprint": data.pool.fingerprint,
+        "protocol": learner.protocol,
+        "learner": learner.label,
+        "data": data.source.name,
+    }
+    with tracking.tracked_run(
+        experiment=cfg.experiment_name,
+        name=cfg.run_name or f"{learner.label} {data.source.name}",
+        config=resolved,
+        tags=tags,
+        resume=resume,
+    ) as tracked:
+        reporting.log_datasets(tracked, data, sets)
+        if "optimizer" in cfg.learner:
+            best = _fit(learner, data, options, resolved, tracked, resume)
+            checkpoints.load_weights(learner, best)
+        return reporting.test_and_report(tracked, learner, sets, cfg.published)
+
+
+def _fit(
+    learner: "pl.LightningModule",
+    data: "pl.LightningDataModule",
+    options: dict[str, Any],
+    resolved: Any,
+    tracked: "Run",
+    resume: str | None,
+) -> Path:
+    """Fit with Lightning; returns the path of the checkpoint with the best val/acc."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from pipeline.checkpoints import StoreConfig
+    from pipeline.progress import progress_callbacks
+    from pipeline.tracking import MlflowLogger, find_checkpoint
+
+    keep = ModelCheckpoint(
+        dirpath=tracked.checkpoint_dir,
+        filename="best",
+        monitor="val/acc",
+        mode="max",
+        save_last=True,
+        save_on_train_epoch_end=True,  # at an epoch's end the episode stream goes on cleanly
+        enable_version_counter=False,
+    )
+    trainer = pl.Trainer(
+        **options,
+        logger=MlflowLogger(tracked),
+        callbacks=[keep, StoreConfig(resolved), *progress_callbacks()],
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        use_distributed_sampler=False,  # the data module deals the episodes itself
+        num_sanity_val_steps=0,
+        max_epochs=-1,
+    )
+    last = str(find_checkpoint(resume, "last")) if resume else None
+    trainer.fit(learner, data, ckpt_path=last, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return Path(keep.best_model_path)
+
+
+def quieten() -> None:
+    """Keep the tips and notices of libraries out of a user's terminal."""
+    import logging
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*logging interval.*"):
+        warnings.filterwarnings("ignore", message=text)
+
+
+if __name__ == "__main__":
+    main("train", run)
