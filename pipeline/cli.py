@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.compose import CONF, compose_config, one_line
+from pipeline.compose import CONF, OverrideError, compose_config, one_line
 from pipeline.errors import UserError
 
 COMMANDS = {
@@ -37,6 +37,20 @@ def help_text(name: str) -> str:
     return "\n".join(lines)
 
 
+def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose; if an override does not fit, report what is wrong with the values of others too."""
+    try:
+        return compose_config(name, overrides)
+    except OverrideError as error:
+        from pipeline import config
+
+        try:
+            config.check(compose_config(name, error.fitting))
+        except UserError as more:
+            raise UserError(f"{error}\n{more}") from error
+        raise
+
+
 def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
     """Entry point of `python -m pipeline.NAME`: exit 0, 2 for bad input, 130 when interrupted.
 
@@ -50,7 +64,7 @@ def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
         return
     try:
         overrides = [a for a in arguments if a != "--cfg"]
-        cfg = compose_config(name, overrides)
+        cfg = _composed(name, overrides)
         if "--cfg" in arguments:
             print(OmegaConf.to_yaml(cfg))
             return

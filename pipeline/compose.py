@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import UserError
@@ -18,37 +18,65 @@ from pipeline.errors import UserError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
+class OverrideError(UserError):
+    """Some overrides do not fit; `fitting` are the others."""
+
+    def __init__(self, problems: Sequence[str], fitting: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.fitting = fitting
+
+
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration `conf/NAME.yaml` with overrides applied.
 
     Raises:
-        UserError: one line for each override that does not fit.
+        OverrideError: one line for each override that does not fit.
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose(name, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            problems = _bad_overrides(name, overrides) or [one_line(error)]
-            raise UserError("\n".join(problems)) from error
+            problems, fitting = _try_each(name, overrides)
+            raise OverrideError(problems or [one_line(error)], fitting) from error
 
 
-def _bad_overrides(name: str, overrides: Sequence[str]) -> list[str]:
-    """Every override that fails on top of those that hold; groups first, values depend on them."""
+def _try_each(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is wrong with which override, and those that hold; groups first, values need them."""
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
-    ordered = sorted(overrides, key=lambda o: o.split("=")[0].lstrip("+~") not in groups)
-    good: list[str] = []
+    ordered = sorted(overrides, key=lambda o: _key(o) not in groups)
+    fitting: list[str] = []
     problems = []
     for override in ordered:
         try:
-            compose(name, [*good, override])
-            good.append(override)
+            compose(name, [*fitting, override])
+            fitting.append(override)
         except (HydraException, OmegaConfBaseException) as error:
-            problems.append(f"{override}: {one_line(error)}")
-    return problems
+            problems.append(f"{override}: {_explain(name, fitting, override, error)}")
+    return problems, fitting
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _explain(name: str, fitting: list[str], override: str, error: Exception) -> str:
+    """Names what is allowed in place of an unknown option or key."""
+    key = _key(override)
+    if (CONF / key).is_dir():
+        options = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
+        return f"no such option; {key} can be {', '.join(options)}"
+    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(compose(name, fitting), parent) if parent else compose(name, fitting)
+        if OmegaConf.is_dict(node):
+            allowed = ", ".join(sorted(str(k) for k in node if not str(k).startswith("_")))
+            return f"unknown key {last!r}; {parent or name} has {allowed}"
+    return one_line(error)
 
 
 def one_line(error: BaseException) -> str:
+    """The message of a Hydra or OmegaConf error without its line breaks and object dumps."""
     parts = [line.strip() for line in str(error).splitlines() if line.strip()]
     parts = [p for p in parts if not p.startswith(("full_key", "object_type", "reference_type"))]
     return "; ".join(dict.fromkeys(parts))

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
 
-_SUPPLIED = {"backbone", "in_channels", "image_size", "source", "optimizer", "cache_dir"}
+_BUILT_IN = {"backbone", "in_channels", "image_size", "source", "n_way", "params", "cache_dir"}
 """Arguments that `build_*` or a partial application gives, so that no YAML has to."""
 
 
@@ -83,13 +83,15 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
     given = {str(k): node[k] for k in node if not str(k).startswith("_")}
     for key, value in given.items():
         if key not in known:
-            allowed = ", ".join(sorted(set(known) - _SUPPLIED - {"self"}))
+            allowed = ", ".join(sorted(set(known) - _BUILT_IN))
             yield f"{path}.{key}: unknown key; allowed are {allowed}"
+        elif OmegaConf.is_interpolation(node, key):
+            continue  # what it points to is checked where it stands
         elif problem := _value_problem(value, known[key].annotation):
             yield f"{path}.{key}: found {_plain(value)!r}; {problem}"
     for key, parameter in known.items():
-        needed = parameter.default is parameter.empty and key not in _SUPPLIED
-        if needed and key not in given and not node.get("_partial_") and key != "n_way":
+        needed = parameter.default is parameter.empty and key not in _BUILT_IN
+        if needed and key not in given and not node.get("_partial_"):
             yield f"{path}.{key}: needs a value (none is given)"
 
 
@@ -131,7 +133,7 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
                 f"data.n_way={cfg.data.n_way} outputs; both must be the same number"
             )
     optimizer = cfg.learner.get("optimizer")
-    if optimizer and isinstance(optimizer.get("lr"), float) and optimizer.lr <= 0:
+    if optimizer and isinstance(optimizer.get("lr"), int | float) and optimizer.lr <= 0:
         yield f"learner.optimizer.lr: found {optimizer.lr}; must be greater than 0"
     for name in ("mean", "std"):
         if len(cfg.data[name]) not in (1, 3):

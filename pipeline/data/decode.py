@@ -130,7 +130,11 @@ def decode_into(
         chunks = threads.map(decode, range(0, len(entries), _CHUNK))
         steps = progress(chunks, f"decoding {name}", -(-len(entries) // _CHUNK))
         bad = dict(item for chunk in steps for item in chunk)
-    kept = np.array([i for i in range(len(entries)) if i not in bad], dtype=np.int64)
+    return _close_gaps(out, len(entries), bad, name)
+
+
+def _close_gaps(out: np.ndarray, n: int, bad: Mapping[int, str], name: str) -> np.ndarray:
+    kept = np.array([i for i in range(n) if i not in bad], dtype=np.int64)
     if bad:
         first = next(iter(bad.values()))
         print(f"warning: {name}: skipped {len(bad)} bad files, first {first}", file=sys.stderr)
