@@ -1,6 +1,7 @@
 """`python -m pipeline.evaluate`: score a trained run on fixed test episodes. Floor 5."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from omegaconf import DictConfig
@@ -52,7 +53,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, shots)
-    with tracking.existing_run(cfg.run) if cfg.run else tracking.no_run() as tracked:
+    with tracking.existing_run(cfg.run) if cfg.run else nullcontext(tracking.NoRun()) as tracked:
         return reporting.test_and_report(tracked, learner, sets, trained.published)
 
 

@@ -1,13 +1,53 @@
-"""How far training is: a bar on a terminal, a line a validation elsewhere. Floor 3."""
+"""Where Lightning's numbers go: to the tracked run, a bar on a terminal, or lines. Floor 3."""
 
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
 
 from pipeline.episode import Episode
+
+
+class TakesMetrics(Protocol):
+    """What a `RunLogger` needs of a tracked run."""
+
+    run_id: str
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers at a step."""
+
+
+class RunLogger(Logger):
+    """Passes what Lightning logs to a tracked run; parameters are the run's own affair."""
+
+    def __init__(self, run: TakesMetrics) -> None:
+        super().__init__()
+        self.run = run
+
+    @property
+    def name(self) -> str:
+        """Unused by the pipeline; Lightning asks for it."""
+        return "run"
+
+    @property
+    def version(self) -> str:
+        """The id of the run."""
+        return self.run.run_id
+
+    def log_hyperparams(self, params: object, *args: Any, **kwargs: Any) -> None:
+        """Nothing: see `Run.log_params`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """All but the epoch, which is no quantity of its own here."""
+        values = {k: v for k, v in metrics.items() if k != "epoch"}
+        if values:
+            self.run.log_metrics(values, step or 0)
 
 
 class Throughput(Callback):

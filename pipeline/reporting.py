@@ -46,7 +46,7 @@ def test_and_report(
         if result.learner == learner.label:
             _log_figures(run, learner, result)
     print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
-    run.print_where()
+    print(run.where())
     return {"run_id": run.run_id, **numbers}
 
 

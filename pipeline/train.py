@@ -82,8 +82,8 @@ def _fit(
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from pipeline.checkpoints import StoreConfig
-    from pipeline.progress import progress_callbacks
-    from pipeline.tracking import MlflowLogger, find_checkpoint
+    from pipeline.progress import RunLogger, progress_callbacks
+    from pipeline.tracking import find_checkpoint
 
     keep = ModelCheckpoint(
         dirpath=tracked.checkpoint_dir,
@@ -96,7 +96,7 @@ def _fit(
     )
     trainer = pl.Trainer(
         **options,
-        logger=MlflowLogger(tracked),
+        logger=RunLogger(tracked),
         callbacks=[keep, StoreConfig(resolved), *progress_callbacks()],
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),

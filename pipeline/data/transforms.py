@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.annotations import NonNegativeInt, Probability
+from pipeline.annotations import Fraction, NonNegativeInt, Probability
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -42,20 +42,25 @@ def to_float(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop, flip and colour jitter of uint8 images, each image its own draw.
+    """Random distortions of uint8 images, each image its own draw.
 
     Attributes:
+        affine: the six numbers of an affine map of the image plane, whose half width is 1, are
+            each displaced by U[-affine, affine]: small turns, scalings, slants and shifts.
         crop_padding: zeros added on every side before a crop of the old size; 0 is no crop.
         flip: mirror left-right with probability one half.
         jitter: brightness, contrast and saturation are each scaled by 1 +- U[0, jitter].
     """
 
+    affine: Fraction
     crop_padding: NonNegativeInt
     flip: bool
     jitter: Probability
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """(m, C, H, W) uint8 -> the same shape and dtype; the generator is on the CPU."""
+        if self.affine:
+            images = _random_affine(images, self.affine, generator)
         if self.crop_padding:
             images = _random_crop(images, self.crop_padding, generator)
         if self.flip:
@@ -65,6 +70,14 @@ class Augmentation:
         if self.jitter:
             images = _colour_jitter(images, self.jitter, generator)
         return images
+
+
+def _random_affine(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    displacement = strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
+    maps = (torch.eye(2, 3) + displacement).to(images.device)  # (m, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images.float(), grid, align_corners=False)  # zeros come in at the edges
+    return moved.round().to(torch.uint8)
 
 
 def _random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:

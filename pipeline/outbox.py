@@ -1,0 +1,145 @@
+"""Outbox: sends records to MLflow, keeps on disk what a lost server cannot take. Floor 4."""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Record = dict[str, Any]
+RETRY_SECONDS = 60
+_OUR_MISTAKE = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+class Outbox:
+    """In-order delivery for one run: what cannot be sent now is sent later, nothing is lost.
+
+    Kept records lie in `FOLDER/RUN_ID.jsonl`, kept files in `FOLDER/RUN_ID/`.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str, uri: str, folder: Path) -> None:
+        self.client, self.run_id, self.uri = client, run_id, uri
+        self.journal = folder / f"{run_id}.jsonl"
+        self.files = folder / run_id
+        self._next_try = 0.0
+        self._away = self.journal.exists()
+
+    def send(self, record: Record, now: bool = False) -> None:
+        """Deliver a record after all that were kept, or keep it.
+
+        While the server is away it is tried once a minute, or at once with `now`.
+        """
+        if self._away and not now and time.monotonic() < self._next_try:
+            self._keep(record)
+            return
+        try:
+            self._deliver_kept()
+            perform(self.client, self.run_id, record)
+        except Exception as error:  # tracking must not stop training, whatever the store raises
+            if getattr(error, "error_code", None) in _OUR_MISTAKE:
+                raise
+            if not self._away:
+                reason = str(error).strip().splitlines()[0][:160]
+                print(
+                    f"tracking: {self.uri} does not answer ({reason}); training goes on, what is "
+                    f"not sent is kept in {self.journal.parent}",
+                    file=sys.stderr,
+                )
+            self._away, self._next_try = True, time.monotonic() + RETRY_SECONDS
+            self._keep(record)
+
+    def _deliver_kept(self) -> None:
+        if not self._away:
+            return
+        for line in deliver(self.client, self.journal):
+            print(line, file=sys.stderr)
+        self._away = False
+
+    def _keep(self, record: Record) -> None:
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        if record["kind"] == "file":
+            kept = self.files / f"{time.monotonic_ns()}" / Path(record["path"]).name
+            kept.parent.mkdir(parents=True)
+            shutil.copy2(record["path"], kept)
+            record = record | {"path": str(kept)}
+        head = {"uri": self.uri, "run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname()}
+        new = not self.journal.exists()
+        with self.journal.open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in ([head] if new else []) + [record])
+
+
+def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
+    """Send what a journal holds, in order, and remove it; says so in a line."""
+    head, *records = [json.loads(line) for line in journal.read_text().splitlines()]
+    for i, record in enumerate(records):
+        try:
+            perform(client, head["run_id"], record)
+        except Exception:
+            rest = [head, *records[i:]]  # what was sent must not be sent twice
+            journal.write_text("".join(json.dumps(r) + "\n" for r in rest))
+            raise
+    journal.unlink()
+    shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
+    yield f"tracking: sent {len(records)} kept records of run {head['run_id']}"
+
+
+def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
+    """Send what earlier runs on the same store had to keep; leaves those of living processes."""
+    for journal in sorted(folder.glob("*.jsonl")):
+        head = json.loads(journal.read_text().partition("\n")[0])
+        if head["uri"] != uri or (head["host"] == socket.gethostname() and _alive(head["pid"])):
+            continue
+        try:
+            for line in deliver(client, journal):
+                print(line, file=sys.stderr)
+        except Exception as error:  # still away, or the run is gone: keep it for the next time
+            print(f"tracking: {journal} could not be sent ({error})", file=sys.stderr)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def perform(client: "MlflowClient", run_id: str, record: Record) -> None:
+    """Make the MLflow call that a record stands for."""
+    from mlflow import entities
+
+    match record["kind"]:
+        case "metrics":
+            metrics = [
+                entities.Metric(key, value, record["time"], record["step"])
+                for key, value in record["values"].items()
+            ]
+            client.log_batch(run_id, metrics=metrics)
+        case "params":
+            params = [entities.Param(k, v) for k, v in record["values"].items()]
+            for start in range(0, len(params), 100):  # MLflow's limit for one call
+                client.log_batch(run_id, params=params[start : start + 100])
+        case "tags":
+            tags = [entities.RunTag(k, v) for k, v in record["values"].items()]
+            client.log_batch(run_id, tags=tags)
+        case "file":
+            client.log_artifact(run_id, record["path"], record["to"] or None)
+        case "table":
+            client.log_table(run_id, record["columns"], record["to"])
+        case "dataset":
+            dataset = entities.Dataset(**record["dataset"])
+            context = entities.InputTag("mlflow.data.context", record["context"])
+            client.log_inputs(run_id, datasets=[entities.DatasetInput(dataset, [context])])
+        case "status":
+            client.set_terminated(run_id, record["status"], record["time"])
+        case kind:
+            raise ValueError(f"unknown record {kind!r}")
