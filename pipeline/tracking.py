@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
-MLRUNS = PROJECT / "mlruns"
+MLRUNS = Path(os.environ.get("PIPELINE_MLRUNS") or PROJECT / "mlruns").absolute()
 _PARAM_LIMIT = 6000  # characters of a value; config.yaml has all of it
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "mlflow", "meta-learning-pipeline")
 

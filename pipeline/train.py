@@ -54,6 +54,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "protocol": learner.protocol,
         "learner": learner.label,
         "data": data.source.name,
+        "device": _device_name(options["accelerator"]),
     }
     with tracking.tracked_run(
         experiment=cfg.experiment_name,
@@ -111,12 +112,19 @@ def _fit(
     return Path(keep.best_model_path)
 
 
+def _device_name(accelerator: str) -> str:
+    import torch
+
+    use_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if use_gpu else f"cpu ({torch.get_num_threads()} threads)"
+
+
 def quieten() -> None:
     """Keep the tips and notices of libraries out of a user's terminal."""
     import logging
     import warnings
 
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*logging interval.*"):
         warnings.filterwarnings("ignore", message=text)

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-DATA_DIR = PROJECT / "data"
+DATA_DIR = Path(os.environ.get("PIPELINE_DATA") or PROJECT / "data")
 CACHE_FORMAT = 1
 
 Allocate = Callable[[int, int, int, int], np.ndarray]

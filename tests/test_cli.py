@@ -1,0 +1,126 @@
+"""The commands as a user types them: exit codes, one line a problem, the README."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+README = (REPO / "README.md").read_text()
+
+
+@pytest.fixture
+def shell(store, tmp_path):
+    """Runs `python -m pipeline...` in a folder of its own, on a store of its own."""
+
+    def run(command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PIPELINE_MLRUNS": str(store), "OMP_NUM_THREADS": "1", **env},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run
+
+
+def test_commands_are_listed_and_help_is_quick(shell):
+    listed = shell("pipeline")
+    assert listed.returncode == 0
+    commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
+    assert commands == ["pipeline.train", "pipeline.evaluate", "pipeline.ui"]
+    for command in commands:
+        start = time.perf_counter()
+        done = shell(f"{command} --help")
+        assert done.returncode == 0
+        assert f"python -m {command}" in done.stdout
+        assert time.perf_counter() - start < 4  # 0.3 s on a quiet machine; torch alone takes longer
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['train', '--help']; import pipeline.train as t; t.main('train', t.run);"
+        "heavy = {'torch', 'pytorch_lightning', 'mlflow', 'pandas', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            "pipeline.train data.n_way=five learner=maml learner.inner_lrr=1",
+            ["learner.inner_lrr=1: unknown key 'inner_lrr'; learner has adapted,", "data.n_way: found 'five'"],
+        ),
+        ("pipeline.train learner=mamml", ["learner=mamml: no such option; learner can be anil,"]),
+        ("pipeline.train bogus=1", ["bogus=1: unknown key 'bogus'; train has also_test,"]),
+        ("pipeline.train data=image_folder", ["data.root: needs a value"]),
+        (
+            "pipeline.train data=image_folder data.root=/no/such",
+            ["/no/such"],
+        ),
+        ("pipeline.train also_test=[nonsense]", ["also_test: data=nonsense: no such option"]),
+        ("pipeline.train resume=nonsense", ["run: no run 'nonsense'"]),
+        ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
+        ("pipeline.evaluate checkpoint=none.ckpt", ["checkpoint: no file none.ckpt"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_line_each_and_exit_code_2(shell, command, expected):
+    done = shell(command)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == len(expected), done.stderr
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith("error: ")
+        assert start in line
+    assert "Traceback" not in done.stderr
+
+
+def test_full_traceback_on_request(shell):
+    done = shell("pipeline.evaluate checkpoint=none.ckpt", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_mlruns_that_cannot_be_written(shell, tmp_path):
+    (tmp_path / "occupied").write_text("a file, not a folder")
+    done = shell("pipeline.train trainer.max_steps=1", PIPELINE_MLRUNS=str(tmp_path / "occupied"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/occupied: cannot be written")
+
+
+def test_a_server_that_does_not_answer(shell):
+    done = shell("pipeline.train trainer.max_steps=1", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "no MLflow server answers at http://127.0.0.1:9" in done.stderr.splitlines()[-1]
+
+
+def test_readme_commands_compose():
+    """Every command line of the README fits the configuration it names."""
+    from pipeline.compose import compose_config
+
+    lines = re.findall(r"^ {4}python -m pipeline\.(train|evaluate) ?(.*)$", README, re.MULTILINE)
+    assert len(lines) >= 6
+    for command, rest in lines:
+        compose_config(command, rest.split("#")[0].split())
+
+
+def test_readme_tour_by_subprocess(shell):
+    """The four steps as the README has them, made small: train, then evaluate on other data."""
+    small = "data.n_train=30 data.n_val=8 data.n_test_kanji=2 data.test_episodes=5 data.val_episodes=5"
+    steps = "trainer.max_steps=4 data.batches_per_epoch=2 data.meta_batch_size=1 backbone.width=8"
+    trained = shell(f"pipeline.train learner=maml learner.inner_lr=0.2 {small} {steps}")
+    assert trained.returncode == 0, trained.stderr
+    run_id = re.findall(r"^run (\w{32});", trained.stdout, re.MULTILINE)[0]
+    scored = shell(f"pipeline.evaluate run={run_id} +data=digits k_shot=5 episodes=5")
+    assert scored.returncode == 0, scored.stderr
+    assert "digits" in scored.stdout
+    assert "5-way 5-shot" in scored.stdout

@@ -1,0 +1,221 @@
+"""Tracking: what arrives, how runs are closed, and what happens when the store goes away."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline import outbox, tracking
+from pipeline.errors import UserError
+from tests.conftest import stored_table
+
+CONFIG = {"learner": {"inner_lr": 0.4, "betas": [0.0, 0.9]}, "seed": 3, "nothing": {}}
+
+
+def tracked(**changes):
+    options = {"experiment": "e", "name": "n", "config": CONFIG, "tags": {"a": 1}, "resume": None}
+    return tracking.tracked_run(**(options | changes))
+
+
+def test_flatten():
+    flat = tracking.flatten(CONFIG)
+    assert flat == {"learner.inner_lr": 0.4, "learner.betas": [0.0, 0.9], "seed": 3, "nothing": {}}
+
+
+@pytest.mark.usefixtures("store")
+def test_everything_arrives():
+    with tracked() as run:
+        run.log_metrics({"val/acc": np.float32(0.5)}, step=3)
+        run.log_metrics({"val/acc": 0.75}, step=4)
+        run.log_table(pd.DataFrame({"x": [1.5, None], "y": ["a", "b"]}), "results")
+        run.log_dataset("glyphs", "f" * 64, "Glyphs", "training", {"images": 7})
+        (run.checkpoint_dir).mkdir(parents=True)
+        (run.checkpoint_dir / "best.ckpt").write_text("weights")
+    client = tracking.connect()
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["learner.betas"] == "[0.0, 0.9]"
+    assert stored.data.tags["a"] == "1"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "val/acc")] == [
+        (3, 0.5),
+        (4, 0.75),
+    ]
+    assert stored_table(client, run.run_id)["y"].tolist() == ["a", "b"]
+    assert stored.inputs.dataset_inputs[0].dataset.digest == "f" * 36
+    assert tracking.find_checkpoint(run.run_id, "best").read_text() == "weights"
+    assert not run.checkpoint_dir.exists()
+
+
+@pytest.mark.usefixtures("store")
+def test_system_metrics_are_sampled(monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    with tracked() as run:
+        time.sleep(1.5)
+    metrics = tracking.connect().get_run(run.run_id).data.metrics
+    assert metrics["system/system_memory_usage_megabytes"] > 0
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)  # fmt: skip
+def test_how_a_run_ends(error, status):
+    with pytest.raises(error), tracked() as run:
+        raise error
+    assert tracking.connect().get_run(run.run_id).info.status == status
+
+
+@pytest.mark.usefixtures("store")
+def test_sigterm_kills_the_run_and_keeps_its_checkpoints():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), tracked() as run:
+        run.checkpoint_dir.mkdir(parents=True)
+        (run.checkpoint_dir / "last.ckpt").write_text("weights")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert tracking.connect().get_run(run.run_id).info.status == "KILLED"
+    assert (run.checkpoint_dir / "last.ckpt").exists()
+    with tracked(resume=run.run_id) as again:
+        assert tracking.connect().get_run(run.run_id).info.status == "RUNNING"
+    assert again.run_id == run.run_id
+
+
+class Unreliable:
+    """A client whose server can be unplugged."""
+
+    def __init__(self, client):
+        self.client, self.plugged, self.calls = client, True, 0
+
+    def __getattr__(self, name):
+        if not self.plugged:
+            self.calls += 1
+            raise ConnectionError("unplugged")
+        return getattr(self.client, name)
+
+
+def test_a_lost_store_costs_nothing(store, capsys, monkeypatch, tmp_path):
+    with tracked() as run:
+        line = Unreliable(run._outbox.client)
+        run._outbox.client = line
+        run.log_metrics({"x": 0}, step=0)
+        line.plugged = False
+        for step in (1, 2, 3):
+            run.log_metrics({"x": step}, step=step)
+        run.log_table(pd.DataFrame({"x": [1]}), "results")
+        (tmp_path / "picture.png").write_text("before")
+        run.log_file(tmp_path / "picture.png", "figures")
+        (tmp_path / "picture.png").write_text("changed since")
+        assert line.calls == 1  # it is not asked again at every step
+        err = capsys.readouterr().err
+        assert err.count("does not answer (unplugged); training goes on") == 1
+        assert len((store / "unsent" / f"{run.run_id}.jsonl").read_text().splitlines()) == 1 + 6
+    client = tracking.connect()  # the block has ended, its server still away
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    assert [m.step for m in client.get_metric_history(run.run_id, "x")] == [0]
+
+    monkeypatch.setattr(outbox, "_alive", lambda pid: False)  # as if in another process, later
+    with tracked():
+        pass
+    assert f"sent 7 kept records of run {run.run_id}" in capsys.readouterr().err
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.run_id, "x")] == [0, 1, 2, 3]
+    figure = client.download_artifacts(run.run_id, "figures/picture.png")
+    assert Path(figure).read_text() == "before"
+    assert stored_table(client, run.run_id)["x"].tolist() == [1]
+    assert not list((store / "unsent").iterdir())
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_that_comes_back_gets_all_of_it_in_order(monkeypatch):
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0)
+    with tracked() as run:
+        line = Unreliable(run._outbox.client)
+        run._outbox.client = line
+        line.plugged = False
+        run.log_metrics({"x": 1}, step=1)
+        line.plugged = True
+        run.log_metrics({"x": 2}, step=2)
+        assert not run._outbox.journal.exists()
+    history = tracking.connect().get_metric_history(run.run_id, "x")
+    assert [m.value for m in history] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "file")
+    with pytest.raises(UserError, match="file: cannot be written"):
+        tracking.connect()
+
+
+def test_an_unknown_scheme(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: gopher://nowhere cannot be opened"):
+        tracking.connect()
+
+
+def test_two_processes_make_the_database_at_once(tmp_path):
+    code = (
+        "from pipeline import tracking\n"
+        "with tracking.tracked_run('e', 'n', {}, {}, None) as run: run.log_metrics({'x': 1}, 0)"
+    )
+    env = {**os.environ, "PIPELINE_MLRUNS": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    assert len(list((tmp_path / "artifacts").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+
+    def serve() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+        command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        server = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+                return server
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("the server did not start")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "mlruns")
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 1)
+    server = serve()
+    try:
+        with tracked() as run:
+            run.log_metrics({"x": 0}, 0)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            start = time.monotonic()
+            run.log_metrics({"x": 1}, 1)
+            assert time.monotonic() - start < 30
+            assert capsys.readouterr().err.count("training goes on") == 1
+            server = serve()
+            time.sleep(1)
+        client = tracking.connect()
+        assert [m.value for m in client.get_metric_history(run.run_id, "x")] == [0, 1]
+        assert client.get_run(run.run_id).info.status == "FINISHED"
+        config = client.download_artifacts(run.run_id, "config.yaml")
+        assert "inner_lr: 0.4" in Path(config).read_text()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)

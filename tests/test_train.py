@@ -1,0 +1,208 @@
+"""The main job end to end: train, track, be killed, resume, evaluate."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import evaluate, tracking, train
+from pipeline.compose import compose_config
+from pipeline.errors import UserError
+from tests.conftest import stored_table
+
+pytestmark = pytest.mark.usefixtures("store")
+REPO = Path(__file__).resolve().parents[1]
+SMALL = [
+    "data.n_train=30",
+    "data.n_val=8",
+    "data.n_test_kanji=2",
+    "data.train_n_way=5",
+    "data.batches_per_epoch=10",
+    "data.val_episodes=5",
+    "data.test_episodes=20",
+    "backbone.width=8",
+    "backbone.downsample=stride",
+    "trainer.max_steps=20",
+    "trainer.accelerator=cpu",
+]
+
+
+def run_train(*overrides: str) -> dict:
+    overrides = (*SMALL, *overrides)
+    return train.run(compose_config("train", overrides), overrides)
+
+
+def weights(run_id: str, which: str) -> dict:
+    return torch.load(tracking.find_checkpoint(run_id, which), weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_what_a_user_needs(capsys):
+    result = run_train("also_test=[digits]", "learner=maml", "data.meta_batch_size=2")
+    client = tracking.connect()
+    run = client.get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "MAML glyphs"
+    assert run.data.params["learner.inner_lr"] == "0.4"
+    assert run.data.params["data.train_n_way"] == "5"
+    tags = run.data.tags
+    assert tags["protocol"] == "transductive"
+    assert tags["seed"] == "0"
+    assert len(tags["data.fingerprint"]) == 64
+    assert tags["version.torch"] == torch.__version__.partition("+")[0]
+    assert {"host", "device", "git.commit", "git.dirty"} <= set(tags)
+    assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"glyphs", "digits"}
+    curve = client.get_metric_history(result["run_id"], "val/acc")
+    assert [point.step for point in curve] == [9, 19]  # the step that was validated after
+    assert client.get_metric_history(result["run_id"], "train/loss")
+    files = {f.path for folder in ("", "checkpoints", "figures")
+             for f in client.list_artifacts(result["run_id"], folder)}  # fmt: skip
+    assert {
+        "config.yaml", "results.csv", "results.json", "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt", "figures/episode_glyphs_5w1s.png",
+        "figures/classes_digits_5w5s.png",
+    } <= files  # fmt: skip
+    table = stored_table(client, result["run_id"])
+    assert list(table["learner"]) == ["MAML", "PixelCentroid"] * 4
+    assert set(table["data"]) == {"glyphs", "digits"}
+    out = capsys.readouterr().out
+    assert "transductive" in out
+    assert "step 20/20" in out
+    assert not list((tracking.MLRUNS / "checkpoints").glob("*/*.ckpt"))  # uploaded, so not twice
+
+
+def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data():
+    result = run_train()
+    overrides = [f"run={result['run_id']}"]
+    again = evaluate.run(compose_config("evaluate", overrides), overrides)
+    for key in ("test/acc", "test/glyphs_5w5s/acc", "test/floor_acc"):
+        assert again[key] == result[key]
+    overrides += ["+data=digits", "k_shot=3", "episodes=10", "n_way=4"]
+    other = evaluate.run(compose_config("evaluate", overrides), overrides)
+    assert 0 < other["test/digits_4w3s/acc"] <= 1
+    metrics = tracking.connect().get_run(result["run_id"]).data.metrics
+    assert metrics["test/digits_4w3s/acc"] == pytest.approx(other["test/digits_4w3s/acc"])
+    assert tracking.connect().get_run(result["run_id"]).info.status == "FINISHED"
+
+
+def test_best_and_not_last_checkpoint_is_tested():
+    result = run_train("trainer.max_steps=40", "data.batches_per_epoch=5", "data.val_episodes=3")
+    history = tracking.connect().get_metric_history(result["run_id"], "val/acc")
+    best = max(history, key=lambda m: (m.value, -m.step))
+    checkpoint = tracking.find_checkpoint(result["run_id"], "best")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step
+
+
+def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):
+    result = run_train()
+    path = tracking.find_checkpoint(result["run_id"], "best")
+    overrides = [f"checkpoint={path}"]
+    again = evaluate.run(compose_config("evaluate", overrides), overrides)
+    assert again["test/acc"] == result["test/acc"]
+    assert "not tracked" in capsys.readouterr().out
+    junk = tmp_path / "junk.ckpt"
+    junk.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"junk\.ckpt is not a readable checkpoint"):
+        evaluate.run(compose_config("evaluate", [f"checkpoint={junk}"]))
+    torch.save({"state_dict": {}}, junk)
+    with pytest.raises(UserError, match="was not written by this pipeline"):
+        evaluate.run(compose_config("evaluate", [f"checkpoint={junk}"]))
+
+
+def test_the_head_of_maml_scores_no_other_number_of_ways():
+    result = run_train("learner=maml", "data.meta_batch_size=1", "trainer.max_steps=10")
+    with pytest.raises(UserError, match=r"n_way: .*MAML.* 5"):
+        evaluate.run(compose_config("evaluate", [f"run={result['run_id']}", "n_way=3"]))
+
+
+def test_unknown_run_names_the_newest():
+    result = run_train("trainer.max_steps=10")
+    with pytest.raises(UserError, match=rf"no run 'abc' .*{result['run_id']}"):
+        evaluate.run(compose_config("evaluate", ["run=abc"]))
+    with pytest.raises(UserError, match="keeps its learner"):
+        overrides = [f"resume={result['run_id']}", "learner=maml"]
+        train.run(compose_config("train", overrides), overrides)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["backbone=resnet12", "backbone.widths=[4,4,8,8]"],  # dropout, DropBlock, running statistics
+        ["learner=reptile", "data.meta_batch_size=2", "data.train_k_shot=2",
+         "learner.eval_inner_steps=2", "data.train_n_query=2"],  # draws its own mini-batches
+    ],
+    ids=["resnet12", "reptile"],
+)  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_weights(extra):
+    """kill -9 in a process of its own, resume here; against a run that was never stopped."""
+    common = [o for o in SMALL if not (o.startswith("backbone.") and "resnet12" in extra[0])]
+    common += [
+        *extra,
+        "trainer.max_steps=60",
+        "data.augmentation._target_=pipeline.data.transforms.Augmentation",
+        "data.augmentation.affine=0.1",
+        "data.augmentation.crop_padding=2",
+        "data.augmentation.flip=true",
+        "data.augmentation.jitter=0.2",
+    ]
+    common = [o if not o.startswith("data.augmentation.") else f"+{o}" for o in common]
+    whole = train.run(compose_config("train", common), common)
+
+    env = {**os.environ, "PIPELINE_MLRUNS": str(tracking.MLRUNS)}
+    command = [sys.executable, "-m", "pipeline.train", *common]
+    child = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (found := list((tracking.MLRUNS / "checkpoints").glob("*/last.ckpt"))):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    run_id = found[0].parent.name
+    stopped_at = torch.load(found[0], weights_only=True)["global_step"]
+    assert 0 < stopped_at < 60
+    assert tracking.connect().get_run(run_id).info.status == "RUNNING"  # nobody could say otherwise
+
+    overrides = [f"resume={run_id}"]
+    resumed = train.run(compose_config("train", overrides), overrides)
+    assert resumed["run_id"] == run_id
+    assert tracking.connect().get_run(run_id).info.status == "FINISHED"
+    expected, actual = weights(whole["run_id"], "last"), weights(run_id, "last")
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+    assert resumed["test/acc"] == whole["test/acc"]
+
+
+def test_failed_and_interrupted_runs_are_closed_as_such(monkeypatch):
+    from pipeline.learners.protonet import ProtoNet
+
+    def fail(self, batch, batch_idx):
+        raise {"error": RuntimeError, "interrupt": KeyboardInterrupt}[kind]("on purpose")
+
+    monkeypatch.setattr(ProtoNet, "training_step", fail)
+    for kind, expected, status in (
+        ("error", RuntimeError, "FAILED"),
+        ("interrupt", (KeyboardInterrupt, SystemExit), "KILLED"),
+    ):
+        with pytest.raises(expected):
+            run_train()
+        client = tracking.connect()
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        assert client.search_runs(experiments, max_results=1)[0].info.status == status
+
+
+def test_bad_data_is_reported_before_a_run_is_made():
+    with pytest.raises(UserError) as error:
+        run_train("data.train_n_way=31", "data.n_way=9")
+    assert "data.train_n_way: 31 classes a task, but split 'train' has 30" in str(error.value)
+    assert "data.n_way: 9 classes a task, but split 'val' has 8" in str(error.value)
+    with pytest.raises(UserError, match=r"test set glyphs: k_shot \+ n_query: 50 \+ 15"):
+        run_train("test_k_shot=[50]")
+    assert not (tracking.MLRUNS / "mlflow.db").stat().st_size or not tracking.connect().search_runs(
+        [e.experiment_id for e in tracking.connect().search_experiments()]
+    )
