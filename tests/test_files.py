@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import picture, save, zip_up
+from tests.image_files import picture, save, zip_up
 from PIL import Image
 
 from pipeline.data.decode import decode_pool, upright

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_files import picture, save
+from tests.image_files import picture, save
 from PIL import Image
 
 from pipeline.data.image_folder import ImageFolder, split_by_fractions

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from image_files import picture, save, zip_up
+from tests.image_files import picture, save, zip_up
 from PIL import Image
 
 from pipeline.data import omniglot as omniglot_module

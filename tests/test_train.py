@@ -94,7 +94,7 @@ def test_best_and_not_last_checkpoint_is_tested():
     history = tracking.connect().get_metric_history(result["run_id"], "val/acc")
     best = max(history, key=lambda m: (m.value, -m.step))
     checkpoint = tracking.find_checkpoint(result["run_id"], "best")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step + 1  # steps done
 
 
 def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):

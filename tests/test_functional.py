@@ -1,0 +1,84 @@
+"""Closed forms and hand-derived numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.functional import (
+    accuracy,
+    count_ways,
+    inner_sgd,
+    mean_ci95,
+    prototypes,
+    squared_distances,
+)
+
+A, B = torch.tensor([1.0, 2, 3]).double(), torch.tensor([4.0, 5, 6]).double()
+
+
+def half_square(a):
+    """0.5 (a . w)^2, whose gradient is a (a . w)."""
+    return lambda p: 0.5 * (a @ p["w"]) ** 2
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "lr", "steps", "first_order", "phi", "expected"),
+    [
+        # one step, phi = (I - lr a a^T) w, outer gradient (I - lr a a^T) b (b . phi)
+        (A, half_square(B), 0.5, 1, False, [-9.5, -20, -29.5], [3780, 8505, 13230]),
+        # first order: b (b . phi)
+        (B, half_square(A), 0.5, 1, True, [-104, -129.5, -154], [-825, -1650, -2475]),
+        # three steps: (I - lr a a^T)^3 b
+        (A, lambda p: B @ p["w"], 1.0, 3, False, [-3609, -7219, -10828], [-5020, -10043, -15066]),
+    ],
+    ids=["second order", "first order", "three steps"],
+)
+def test_meta_gradient_by_hand(inner, outer, lr, steps, first_order, phi, expected):
+    w = torch.tensor([2.0, 3, 5], dtype=torch.float64, requires_grad=True)
+    adapted = inner_sgd(half_square(inner), {"w": w}, lr, steps, first_order)
+    assert adapted["w"].tolist() == phi
+    (gradient,) = torch.autograd.grad(outer(adapted), w)
+    assert gradient.tolist() == expected
+
+
+def test_first_order_builds_no_second_derivative():
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    adapted = inner_sgd(half_square(A), {"w": w}, 0.1, 2, first_order=True)
+    (jacobian,) = torch.autograd.grad(adapted["w"].sum(), w)
+    assert jacobian.tolist() == [1, 1, 1]  # d phi / d theta is the identity
+
+
+def test_prototypes_of_unbalanced_classes():
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(7, 4)), np.array([2, 0, 2, 1, 2, 0, 2])
+    expected = np.stack([z[y == c].mean(0) for c in range(3)])
+    means = prototypes(torch.from_numpy(z), torch.from_numpy(y), 3)
+    np.testing.assert_allclose(means, expected, rtol=1e-12)
+
+
+def test_squared_distances():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(2, 3))
+    expected = ((a[:, None] - b[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(
+        squared_distances(torch.from_numpy(a), torch.from_numpy(b)), expected, rtol=1e-10
+    )
+
+
+def test_count_ways_names_the_missing_class():
+    assert count_ways(torch.tensor([2, 0, 1, 1])) == 3
+    with pytest.raises(ValueError, match=r"no image of class 1 of 0\.\.2"):
+        count_ways(torch.tensor([0, 2]))
+
+
+def test_accuracy():
+    logits = torch.tensor([[1.0, 2], [3, 0], [0, 1], [5, 6]])
+    assert accuracy(logits, torch.tensor([1, 1, 1, 1])).item() == 0.75
+
+
+def test_interval():
+    values = np.random.default_rng(2).uniform(size=50)
+    mean, ci95 = mean_ci95(torch.from_numpy(values))
+    assert mean == pytest.approx(values.mean())
+    assert ci95 == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(50))
+    assert np.isnan(mean_ci95(torch.tensor([0.5])).ci95)
