@@ -7,11 +7,12 @@ names before anything is built, and all problems are reported together.
 import functools
 import inspect
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import hydra
 import pytorch_lightning as pl
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 from pydantic import ValidationError
@@ -144,8 +145,8 @@ def build_data(data: DictConfig) -> EpisodicDataModule:
     """The data module of a checked `data` node: an image source and the episodes drawn from it."""
     episodic = {k: data[k] for k in data if k in _parameters(EpisodicDataModule)}
     source = {k: data[k] for k in data if k not in episodic}
-    parts = hydra.utils.instantiate(OmegaConf.create(episodic), _convert_="all")
-    return EpisodicDataModule(hydra.utils.instantiate(source, _convert_="all"), **parts)
+    parts = _instantiate(OmegaConf.create(episodic))
+    return EpisodicDataModule(_instantiate(source), **parts)
 
 
 def with_source(data: DictConfig, other: DictConfig, **changes: Any) -> DictConfig:
@@ -166,12 +167,12 @@ def build_learner(cfg: DictConfig, image_shape: tuple[int, int, int]) -> MetaLea
             raise UserError(f"data.image_shape: images must be square, found {height}x{width}")
         has = _parameters(hydra.utils.get_object(cfg.backbone._target_))
         sizes = {"in_channels": channels, "image_size": height}
-        supplied["backbone"] = hydra.utils.instantiate(
-            cfg.backbone, **{k: v for k, v in sizes.items() if k in has}, _convert_="all"
+        supplied["backbone"] = _instantiate(
+            cfg.backbone, **{k: v for k, v in sizes.items() if k in has}
         )
     if "n_way" in wanted:
         supplied["n_way"] = cfg.data.n_way
-    return hydra.utils.instantiate(cfg.learner, **supplied, _convert_="all")
+    return _instantiate(cfg.learner, **supplied)
 
 
 def build_trainer_options(cfg: DictConfig) -> dict[str, Any]:
@@ -188,13 +189,14 @@ def build_trainer_options(cfg: DictConfig) -> dict[str, Any]:
     return options
 
 
-def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, lists kept whole."""
-    out: dict[str, Any] = {}
-    for key, value in cfg.items():
-        inner = flat(value) if isinstance(value, Mapping) else None
-        out |= {f"{key}.{k}": v for k, v in inner.items()} if inner else {key: value}
-    return out
+def _instantiate(node: Any, **arguments: Any) -> Any:
+    """Build a node; a constructor's own word about bad input is not wrapped in Hydra's."""
+    try:
+        return hydra.utils.instantiate(node, **arguments, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,104 @@
+"""Backbones: sizes, norms, and equality with networks written out in the papers' order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline import config
+from pipeline.backbones import BatchStatsNorm, Conv4, DropBlock, ResNet12, is_transductive
+from pipeline.compose import compose_config
+from pipeline.errors import UserError
+
+BACKBONES = sorted(p.stem for p in Path(__file__).parents[1].glob("conf/backbone/*.yaml"))
+
+
+@pytest.mark.parametrize("norm", ["batch", "batch_stats", "group", "none"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_embeddings_have_the_promised_size(name, norm):
+    cfg = compose_config("train", [f"backbone={name}", f"backbone.norm={norm}"])
+    config.check(cfg)
+    learner = config.build_learner(cfg, (3, 32, 32))
+    out = learner.eval().embed(torch.rand(2, 3, 32, 32))
+    assert out.shape == (2, learner.backbone.out_dim)
+    assert is_transductive(learner) == (norm == "batch_stats")
+
+
+@pytest.mark.parametrize(("size", "downsample", "out"), [
+    (28, "max_pool", 8), (84, "max_pool", 8 * 25), (28, "stride", 8 * 4), (10, "stride", 8),
+])  # fmt: skip
+def test_conv4_sizes(size, downsample, out):
+    net = Conv4(1, size, 8, "batch", downsample)
+    assert net.out_dim == out
+    assert net(torch.rand(3, 1, size, size)).shape == (3, out)
+
+
+def test_conv4_needs_room_for_four_pools():
+    with pytest.raises(UserError, match=r"16 px or more, found 14; use backbone\.downsample=stride"):
+        Conv4(1, 14, 8, "batch", "max_pool")
+
+
+def test_pooling_before_relu_equals_the_papers_order():
+    net = Conv4(3, 32, 8, "batch", "max_pool")
+    layers = []
+    for block in net.blocks:
+        conv, norm, pool, relu = block
+        layers += [conv, norm, relu, pool]
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(net(x), nn.Sequential(*layers)(x).flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)])
+def test_batch_statistics_norm_against_torch_in_value_and_two_derivatives(shape):
+    torch.manual_seed(0)
+    norm = BatchStatsNorm(4).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    results = []
+    for function in (
+        norm,
+        lambda x: F.batch_norm(x, None, None, norm.weight, norm.bias, training=True),
+    ):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        y = function(x)
+        (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first**2).sum(), x)
+        results.append((y, first, second))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_dropblock_drops_squares_at_about_its_rate_and_rests_in_evaluation():
+    torch.manual_seed(0)
+    drop, x = DropBlock(0.2, 3), torch.ones(64, 8, 12, 12)
+    out = drop(x)
+    assert 0.12 < (out == 0).float().mean() < 0.24  # overlaps make it a little less than 0.2
+    assert out.mean().item() == pytest.approx(1, abs=1e-4)
+    smeared = F.max_pool2d((out[:1, :1] == 0).float(), 3, 1)  # every hole lies in a 3x3 hole
+    holes = -F.max_pool2d(-(out[:1, :1] == 0).float(), 3, 1)
+    assert holes.sum() > 0
+    assert smeared.sum() > holes.sum()
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_resnet12_has_the_parameters_of_metaoptnets():
+    """Counted by hand: blocks of 3x3, 3x3, 3x3 and 1x1 convolutions without bias, with norms."""
+    widths, channels, expected = (64, 160, 320, 640), 3, 0
+    for width in widths:
+        expected += 9 * channels * width + 2 * 9 * width**2 + channels * width + 4 * 2 * width
+        channels = width
+    net = ResNet12(3, widths, "batch", 0.1, 2)
+    assert sum(p.numel() for p in net.parameters()) == expected == 12_424_320
+
+
+def test_torchvision_models_need_rgb_and_a_known_name():
+    cfg = compose_config("train", ["backbone=torchvision"])
+    with pytest.raises(UserError, match=r"take RGB, the data has 1 channel"):
+        config.build_learner(cfg, (1, 28, 28))
+    cfg.backbone.name = "resnet19"
+    with pytest.raises(UserError, match=r"backbone\.name: no model 'resnet19'; allowed are .*resnet18"):
+        config.build_learner(cfg, (3, 32, 32))

@@ -1,0 +1,99 @@
+"""Every YAML composes, fits its signature and builds; bad values are named with their key."""
+
+import inspect
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline import config
+from pipeline.compose import compose_config
+from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+OPTIONS = [
+    f"{'+' if group == 'experiment' else ''}{group}={path.stem}"
+    for group in ("data", "learner", "backbone", "trainer", "experiment")
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_checks_and_builds(option):
+    extra = ["data.root=/somewhere"] if option == "data=image_folder" else []
+    cfg = compose_config("train", [option, *extra])
+    config.check(cfg)
+    data = config.build_data(cfg.data)
+    assert data.source.name
+    config.build_trainer_options(cfg)
+    shape = (3, 32, 32) if "torchvision" in option or "cifar" in option else (1, 28, 28)
+    learner = config.build_learner(cfg, shape)
+    if "optimizer" in cfg.learner:
+        learner.configure_optimizers()
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "data").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_data_set_and_its_episodes_share_no_key(path):
+    """They share one flat node, so a name in both signatures would go to the wrong one."""
+    source = hydra.utils.get_class(OmegaConf.load(path)._target_)
+    episodic = set(inspect.signature(EpisodicDataModule).parameters)
+    assert not set(inspect.signature(source).parameters) & episodic
+
+
+@pytest.mark.parametrize("group", ["data", "learner", "backbone", "experiment"])
+def test_every_option_says_what_it_is_and_how_to_run_it(group):
+    for path in (CONF / group).glob("*.yaml"):
+        assert "# " in path.read_text().splitlines()[0], path
+        if group != "backbone":
+            assert "python -m pipeline.train" in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["data.n_way=five"], ["data.n_way: found 'five'"]),
+        (["data.n_way=1"], ["data.n_way: found 1; Input should be greater than or equal to 2"]),
+        (["data.train_k_shot=[1,2,3]"], ["data.train_k_shot: found [1, 2, 3]"]),
+        (["data.meta_batch_size=true"], ["data.meta_batch_size: found True"]),
+        (["learner=maml", "learner.inner_lr=abc"], ["learner.inner_lr: found 'abc'"]),
+        (["learner=maml", "learner.inner_lr=-0.1"], ["learner.inner_lr: found -0.1"]),
+        (["learner=maml", "learner.adapted=body"], ["learner.adapted: found 'body'"]),
+        (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
+        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are optimizer, scheduler"]),
+        (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
+        (["learner.optimizer._target_=torch.optim.Adamm"], ["learner.optimizer._target_: 'torch.op"]),
+        (["~backbone.width"], ["backbone.width: needs a value"]),
+        (["data=image_folder"], ["data.root: needs a value"]),
+        (["learner.optimizer.lr=-1"], ["learner.optimizer.lr: found -1; must be greater than 0"]),
+        (["data.mean=[0.1,0.2]"], ["data.mean: found [0.1, 0.2]; give one number or one a channel"]),
+        (["learner=maml", "data.train_n_way=7"], ["data.train_n_way: found 7, but the head of Maml"]),
+        (
+            ["data.n_way=five", "backbone.norm=layer", "backbone.width=0"],
+            ["backbone.norm: ", "backbone.width: ", "data.n_way: "],
+        ),
+    ],
+)
+def test_bad_values_are_all_named(overrides, lines):
+    with pytest.raises(UserError) as error:
+        config.check(compose_config("train", overrides))
+    found = sorted(str(error.value).splitlines())
+    assert len(found) == len(lines), found
+    for line, start in zip(found, sorted(lines), strict=True):
+        assert line.startswith(start)
+
+
+def test_trainer_keys_are_lightnings():
+    cfg = compose_config("train", ["+trainer.max_stepss=3"])
+    with pytest.raises(UserError, match=r"trainer\.max_stepss: unknown key; allowed are .*max_steps"):
+        config.build_trainer_options(cfg)
+
+
+def test_another_source_keeps_the_episodes():
+    cfg = compose_config("train", ["data.n_way=3"])
+    other = compose_config("train", ["data=digits", "data.n_way=7"])
+    merged = config.with_source(cfg.data, other.data, image_shape=[1, 28, 28])
+    assert merged._target_.endswith("Digits")
+    assert merged.n_way == 3
+    assert list(merged.image_shape) == [1, 28, 28]
