@@ -1,4 +1,4 @@
-"""Types that say which values an argument takes; `config` checks configurations by them. Floor 0."""
+"""Types that say which values an argument takes; `config` checks by them. Floor 0."""
 
 from typing import Annotated
 

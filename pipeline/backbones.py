@@ -8,6 +8,7 @@
 """
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -111,7 +112,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(
             *[
                 nn.Sequential(nn.Linear(a, b), make_norm(norm, b, dims=0), nn.ReLU())
-                for a, b in zip(sizes, sizes[1:], strict=False)
+                for a, b in pairwise(sizes)
             ]
         )
         self.out_dim = sizes[-1]

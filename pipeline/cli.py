@@ -22,7 +22,8 @@ COMMANDS = {
 
 def help_text(name: str) -> str:
     """The header of the command's configuration, its groups and their options."""
-    header, keys = [], []
+    header: list[str] = []
+    keys: list[str] = []
     for line in (CONF / f"{name}.yaml").read_text().splitlines():
         (header if line.startswith("#") and not keys else keys).append(line)
     lines = [line.removeprefix("#").removeprefix(" ") for line in header]

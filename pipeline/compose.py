@@ -68,7 +68,9 @@ def _explain(name: str, fitting: list[str], override: str, error: Exception) -> 
         return f"no such option; {key} can be {', '.join(options)}"
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
         parent, _, last = key.rpartition(".")
-        node = OmegaConf.select(compose(name, fitting), parent) if parent else compose(name, fitting)
+        node = (
+            OmegaConf.select(compose(name, fitting), parent) if parent else compose(name, fitting)
+        )
         if OmegaConf.is_dict(node):
             allowed = ", ".join(sorted(str(k) for k in node if not str(k).startswith("_")))
             return f"unknown key {last!r}; {parent or name} has {allowed}"

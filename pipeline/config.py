@@ -14,8 +14,13 @@ import hydra
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
-from pydantic import ValidationError
+from pydantic import (
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
@@ -47,7 +52,7 @@ def _node_problems(node: Any, path: str) -> Iterator[str]:
         if "_target_" in node:
             yield from _signature_problems(node, path)
         for key in node:
-            yield from _node_problems(node[key], f"{path}.{key}" if path else str(key))
+            yield from _node_problems(node[key], f"{path}.{key!s}" if path else str(key))
     elif isinstance(node, ListConfig):
         for i, item in enumerate(node):
             yield from _node_problems(item, f"{path}[{i}]")
@@ -97,7 +102,9 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _value_problem(value: Any, annotation: Any) -> str | None:
-    if annotation is inspect.Parameter.empty or (isinstance(value, DictConfig) and "_target_" in value):
+    if annotation is inspect.Parameter.empty or (
+        isinstance(value, DictConfig) and "_target_" in value
+    ):
         return None
     plain = _plain(value)
     try:

@@ -19,14 +19,14 @@ class Episode(NamedTuple):
         support_y: (n_way*k_shot,) int64, classes 0..n_way-1 of this task.
         query_x: (n_way*n_query, C, H, W) images to classify.
         query_y: (n_way*n_query,) int64.
-        index: () int64, the episode's number in its stream; identifies it for good.
+        id: () int64, the episode's index in its stream.
     """
 
     support_x: Tensor
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
-    index: Tensor
+    id: Tensor
 
     def tasks(self) -> "list[Episode]":
         """The tasks of a meta-batch, each without the tasks axis."""

@@ -50,7 +50,9 @@ def episode_figure(
     cell = images.shape[-1] + 2 * BORDER + 1
     for row, column in zip(*np.nonzero(~correct[:, :n_query]), strict=True):
         x, y = (k_shot + column + 1) * cell - 3, row * cell + 2
-        axis.text(x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold")
+        axis.text(
+            x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold"
+        )
     axis.set_yticks(
         [(row + 0.5) * cell for row in range(n_way)],
         [f"{_short(name)}  {row}" for row, name in enumerate(class_names)],

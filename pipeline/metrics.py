@@ -32,4 +32,7 @@ class EpisodeAccuracy(Metric):
         """`acc` and `acc_ci95`, both () in 0..1."""
         mean, ci95 = mean_ci95(dim_zero_cat(self.values))
         device = self.device
-        return {"acc": torch.tensor(mean, device=device), "acc_ci95": torch.tensor(ci95, device=device)}
+        return {
+            "acc": torch.tensor(mean, device=device),
+            "acc_ci95": torch.tensor(ci95, device=device),
+        }

@@ -69,7 +69,12 @@ class Outbox:
             kept.parent.mkdir(parents=True)
             shutil.copy2(record["path"], kept)
             record = record | {"path": str(kept)}
-        head = {"uri": self.uri, "run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname()}
+        head = {
+            "uri": self.uri,
+            "run_id": self.run_id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
         new = not self.journal.exists()
         with self.journal.open("a") as file:
             file.writelines(json.dumps(r) + "\n" for r in ([head] if new else []) + [record])

@@ -65,7 +65,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Count the tasks of the batch."""
-        self._episodes += len(batch.index) * trainer.world_size
+        self._episodes += len(batch.id) * trainer.world_size
         rate = self._episodes / (time.perf_counter() - self._since)
         pl_module.log("train/episodes_per_s", rate, prog_bar=True)
 

@@ -9,13 +9,13 @@ from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeDataset
 from pipeline.figures import class_accuracy_figure, episode_figure
 from pipeline.learners.base import MetaLearner
-from pipeline.scoreboard import Result, TestSet, metrics, print_frame, score_all, to_frame
+from pipeline.scoreboard import FixedEpisodes, Result, metrics, print_frame, score_all, to_frame
 
 if TYPE_CHECKING:
     from pipeline.tracking import Run
 
 
-def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[TestSet]) -> None:
+def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[FixedEpisodes]) -> None:
     """Name the data sets of a run, with fingerprints and class counts."""
     used = {"training": data} | {test.name: test.data for test in sets if test.data is not data}
     for context, each in used.items():
@@ -30,7 +30,10 @@ def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[TestSet]) 
 
 
 def test_and_report(
-    run: "Run", learner: MetaLearner, sets: Sequence[TestSet], published: Sequence[Mapping[str, Any]]
+    run: "Run",
+    learner: MetaLearner,
+    sets: Sequence[FixedEpisodes],
+    published: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Test once, print the table, and leave table, metrics and pictures with the run.
 
@@ -59,7 +62,7 @@ def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:
     run.log_figure(_first_episode(learner, test, title), f"figures/episode_{test.key}.png")
 
 
-def _first_episode(learner: MetaLearner, test: TestSet, title: str) -> Any:
+def _first_episode(learner: MetaLearner, test: FixedEpisodes, title: str) -> Any:
     """A picture of test episode 0 with the predictions of the learner."""
     sampler = test.sampler()
     episode = EpisodeDataset(test.data.pool, sampler)[0]

@@ -21,10 +21,8 @@ from pipeline.learners.evaluation import Scorer, Scores
 from pipeline.learners.pixel_centroid import PixelCentroid
 
 
-class TestSet(NamedTuple):
+class FixedEpisodes(NamedTuple):
     """Fixed episodes on which learners are compared."""
-
-    __test__ = False  # not a test case, whatever pytest thinks of the name
 
     name: str
     data: EpisodicDataModule
@@ -48,7 +46,7 @@ class Result(NamedTuple):
 
     learner: str
     protocol: str
-    test: TestSet
+    test: FixedEpisodes
     scores: Scores
 
 
@@ -76,7 +74,7 @@ def other_data(
 
 def make_test_sets(
     cfg: DictConfig, data: EpisodicDataModule, k_shots: Sequence[int]
-) -> list[TestSet]:
+) -> list[FixedEpisodes]:
     """The test split of the data set and of every `also_test` set, at each number of shots.
 
     Raises:
@@ -86,7 +84,7 @@ def make_test_sets(
     sets, problems = [], []
     for source in sources:
         for k_shot in k_shots:
-            test = TestSet(
+            test = FixedEpisodes(
                 source.source.name, source, data.n_way, k_shot, data.n_query, data.test_episodes
             )
             try:
@@ -99,7 +97,7 @@ def make_test_sets(
     return sets
 
 
-def score_all(learner: MetaLearner, sets: Iterable[TestSet]) -> list[Result]:
+def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Result]:
     """Score the learner and the pixel floor on every set, with a progress bar on a terminal."""
     learners = [learner]
     if not isinstance(learner, PixelCentroid):
@@ -156,7 +154,7 @@ def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) 
     return pd.DataFrame(rows)
 
 
-def metrics(results: Iterable[Result], main: TestSet, learner: str) -> dict[str, float]:
+def metrics(results: Iterable[Result], main: FixedEpisodes, learner: str) -> dict[str, float]:
     """`test/SET_NwKs/acc` and `acc_ci95` in 0..1; those of the main set as `test/acc` too."""
     out = {}
     for result in results:

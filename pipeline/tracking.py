@@ -117,7 +117,9 @@ def _experiment(client: "MlflowClient", name: str) -> str:
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
-        raise UserError(f"experiment_name: {name!r} was deleted in MLflow; restore it or take another")
+        raise UserError(
+            f"experiment_name: {name!r} was deleted in MLflow; restore it or take another"
+        )
     return found.experiment_id
 
 
@@ -225,7 +227,11 @@ class NoRun(Run):
 
 @contextmanager
 def tracked_run(
-    experiment: str, name: str, config: Mapping[str, Any], tags: Mapping[str, Any], resume: str | None
+    experiment: str,
+    name: str,
+    config: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    resume: str | None,
 ) -> Iterator[Run]:
     """Open a run and close it by how the block ends: FINISHED, FAILED or KILLED.
 
@@ -301,7 +307,9 @@ def find_checkpoint(run_id: str, which: str) -> Path:
         return local
     client = connect()
     existing(client, run_id)
-    if not any(a.path == f"checkpoints/{which}.ckpt" for a in client.list_artifacts(run_id, "checkpoints")):
+    if not any(
+        a.path == f"checkpoints/{which}.ckpt" for a in client.list_artifacts(run_id, "checkpoints")
+    ):
         raise UserError(f"run: {run_id} has no {which} checkpoint (stopped before the first one?)")
     return Path(client.download_artifacts(run_id, f"checkpoints/{which}.ckpt"))
 

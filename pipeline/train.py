@@ -1,9 +1,9 @@
-"""`python -m pipeline.train`: fit, keep the best checkpoint by validation, test it once. Floor 5."""
+"""`python -m pipeline.train`: fit, keep what validates best, test it once. Floor 5."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,12 +41,12 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check(cfg)
     options = config.build_trainer_options(cfg)
     data = config.build_data(cfg.data)
-    data.setup("fit") if "optimizer" in cfg.learner else data.setup("test")
+    data.setup("fit" if "optimizer" in cfg.learner else "test")
     sets = make_test_sets(cfg, data, cfg.test_k_shot)
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape)
 
-    resolved = OmegaConf.to_container(cfg, resolve=True)
+    resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     resolved["data"]["image_shape"] = list(data.image_shape)
     tags = {
         "seed": cfg.seed,

@@ -36,7 +36,9 @@ def test_conv4_sizes(size, downsample, out):
 
 
 def test_conv4_needs_room_for_four_pools():
-    with pytest.raises(UserError, match=r"16 px or more, found 14; use backbone\.downsample=stride"):
+    with pytest.raises(
+        UserError, match=r"16 px or more, found 14; use backbone\.downsample=stride"
+    ):
         Conv4(1, 14, 8, "batch", "max_pool")
 
 
@@ -100,5 +102,7 @@ def test_torchvision_models_need_rgb_and_a_known_name():
     with pytest.raises(UserError, match=r"take RGB, the data has 1 channel"):
         config.build_learner(cfg, (1, 28, 28))
     cfg.backbone.name = "resnet19"
-    with pytest.raises(UserError, match=r"backbone\.name: no model 'resnet19'; allowed are .*resnet18"):
+    with pytest.raises(
+        UserError, match=r"backbone\.name: no model 'resnet19'; allowed are .*resnet18"
+    ):
         config.build_learner(cfg, (3, 32, 32))

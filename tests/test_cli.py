@@ -115,7 +115,9 @@ def test_readme_commands_compose():
 
 def test_readme_tour_by_subprocess(shell):
     """The four steps as the README has them, made small: train, then evaluate on other data."""
-    small = "data.n_train=30 data.n_val=8 data.n_test_kanji=2 data.test_episodes=5 data.val_episodes=5"
+    small = (
+        "data.n_train=30 data.n_val=8 data.n_test_kanji=2 data.test_episodes=5 data.val_episodes=5"
+    )
     steps = "trainer.max_steps=4 data.batches_per_epoch=2 data.meta_batch_size=1 backbone.width=8"
     trained = shell(f"pipeline.train learner=maml learner.inner_lr=0.2 {small} {steps}")
     assert trained.returncode == 0, trained.stderr

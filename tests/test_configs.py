@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OPTIONS = [
-    f"{'+' if group == 'experiment' else ''}{group}={path.stem}"
+    f"{group}={path.stem}"
     for group in ("data", "learner", "backbone", "trainer", "experiment")
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
@@ -63,12 +63,21 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
         (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are optimizer, scheduler"]),
         (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
-        (["learner.optimizer._target_=torch.optim.Adamm"], ["learner.optimizer._target_: 'torch.op"]),
+        (
+            ["learner.optimizer._target_=torch.optim.Adamm"],
+            ["learner.optimizer._target_: 'torch.op"],
+        ),
         (["~backbone.width"], ["backbone.width: needs a value"]),
         (["data=image_folder"], ["data.root: needs a value"]),
         (["learner.optimizer.lr=-1"], ["learner.optimizer.lr: found -1; must be greater than 0"]),
-        (["data.mean=[0.1,0.2]"], ["data.mean: found [0.1, 0.2]; give one number or one a channel"]),
-        (["learner=maml", "data.train_n_way=7"], ["data.train_n_way: found 7, but the head of Maml"]),
+        (
+            ["data.mean=[0.1,0.2]"],
+            ["data.mean: found [0.1, 0.2]; give one number or one a channel"],
+        ),
+        (
+            ["learner=maml", "data.train_n_way=7"],
+            ["data.train_n_way: found 7, but the head of Maml"],
+        ),
         (
             ["data.n_way=five", "backbone.norm=layer", "backbone.width=0"],
             ["backbone.norm: ", "backbone.width: ", "data.n_way: "],
@@ -86,7 +95,9 @@ def test_bad_values_are_all_named(overrides, lines):
 
 def test_trainer_keys_are_lightnings():
     cfg = compose_config("train", ["+trainer.max_stepss=3"])
-    with pytest.raises(UserError, match=r"trainer\.max_stepss: unknown key; allowed are .*max_steps"):
+    with pytest.raises(
+        UserError, match=r"trainer\.max_stepss: unknown key; allowed are .*max_steps"
+    ):
         config.build_trainer_options(cfg)
 
 

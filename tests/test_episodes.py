@@ -49,7 +49,9 @@ def test_every_episode_is_valid(n_way, k_shot, n_query, seed, start, tasks):
     images = np.concatenate([support, query], axis=2)
     assert (LABELS[images] == classes[:, :, None]).all()
     for task in range(tasks):
-        assert len(np.unique(images[task])) == images[task].size  # so support and query are disjoint
+        assert (
+            len(np.unique(images[task])) == images[task].size
+        )  # so support and query are disjoint
         assert len(set(classes[task])) == n_way
         assert set(classes[task]) <= {0, 2, 3, 4, 6, 7}
 
@@ -75,7 +77,7 @@ def test_streams_differ_by_seed_split_and_index_and_repeat_exactly():
 
 def test_the_stream_is_fixed_for_good():
     """A change of these numbers changes every published table: it must be meant."""
-    support, query, classes = make(n_way=2, k_shot=1, n_query=1).sample([0, 12345])
+    support, _, classes = make(n_way=2, k_shot=1, n_query=1).sample([0, 12345])
     assert classes.tolist() == FIXED_CLASSES
     assert support[..., 0].tolist() == FIXED_SUPPORT
 
@@ -92,11 +94,9 @@ def test_no_global_random_state_takes_part():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_give_the_same_batches(workers):
     data = dataset()
-    loader = DataLoader(
-        data, sampler=EpisodeBatches(2, 6), batch_size=None, num_workers=workers
-    )
+    loader = DataLoader(data, sampler=EpisodeBatches(2, 6), batch_size=None, num_workers=workers)
     for batch, indices in zip(loader, [[0, 1], [2, 3], [4, 5]], strict=True):
-        assert batch.index.tolist() == indices
+        assert batch.id.tolist() == indices
         assert torch.equal(batch.query_x, data[indices].query_x)
         assert batch.support_x.shape == (2, 6, 1, 2, 2)
         assert batch.support_x.dtype == torch.uint8
@@ -117,7 +117,7 @@ def test_processes_share_the_stream():
     shares = [[i for b in EpisodeBatches(4, 24, rank, 3) for i in b] for rank in range(3)]
     assert whole == list(range(24))
     assert shares[1] == [1, 4, 7, 10, 13, 16, 19, 22]
-    assert sorted(sum(shares, [])) == whole
+    assert sorted(i for share in shares for i in share) == whole
     uneven = [[i for b in EpisodeBatches(2, 7, rank, 2) for i in b] for rank in range(2)]
     assert uneven == [[0, 2, 4, 6], [1, 3, 5]]
     assert [len(EpisodeBatches(2, 7, rank, 2)) for rank in range(2)] == [2, 2]

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.image_files import picture, save, zip_up
 from PIL import Image
 
 from pipeline.data.decode import decode_pool, upright
 from pipeline.data.files import scan
 from pipeline.data.pool import ImagePool
 from pipeline.errors import UserError
+from tests.image_files import picture, save, zip_up
 
 
 def pool_of(root: Path, cache: Path, **options: Any) -> ImagePool:

@@ -29,7 +29,9 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-MODULES = {module_name(p): p for p in ROOT.rglob("*.py") if not module_name(p).endswith(".__init__")}
+MODULES = {
+    module_name(p): p for p in ROOT.rglob("*.py") if not module_name(p).endswith(".__init__")
+}
 
 
 def floor(module: str) -> int:

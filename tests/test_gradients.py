@@ -166,7 +166,7 @@ def test_running_statistics_and_other_ways_are_refused():
         maml(norm="batch")
     episode = task()
     keep = episode.support_y < 2
-    with pytest.raises(ValueError, match="n_way: 2 classes, but the head .* trained for 3"):
+    with pytest.raises(ValueError, match=r"n_way: 2 classes, but the head .* trained for 3"):
         maml().adapt(episode.support_x[keep], episode.support_y[keep])
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.image_files import picture, save
 from PIL import Image
 
 from pipeline.data.image_folder import ImageFolder, split_by_fractions
 from pipeline.errors import UserError
+from tests.image_files import picture, save
 
 
 def folder(root: Path, **options: Any) -> ImageFolder:

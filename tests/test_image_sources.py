@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.image_files import picture, save, zip_up
 from PIL import Image
 
 from pipeline.data import omniglot as omniglot_module
@@ -18,6 +17,7 @@ from pipeline.data.files import scan
 from pipeline.data.omniglot import Omniglot
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
+from tests.image_files import picture, save, zip_up
 
 REAL = PROJECT.parent / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")

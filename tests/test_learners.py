@@ -20,7 +20,12 @@ SHAPE = (1, 10, 10)
 
 
 def build(name: str, *overrides: str) -> MetaLearner:
-    small = ["backbone.width=8", "backbone.downsample=stride", "data.n_way=3", "trainer.max_steps=50"]
+    small = [
+        "backbone.width=8",
+        "backbone.downsample=stride",
+        "data.n_way=3",
+        "trainer.max_steps=50",
+    ]
     cfg = compose_config("train", [f"learner={name}", *small, *overrides])
     config.check(cfg)
     torch.manual_seed(0)

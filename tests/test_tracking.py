@@ -1,6 +1,5 @@
 """Tracking: what arrives, how runs are closed, and what happens when the store goes away."""
 
-import json
 import os
 import signal
 import socket
@@ -66,8 +65,9 @@ def test_system_metrics_are_sampled(monkeypatch):
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
-    ("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
-)  # fmt: skip
+    ("error", "status"),
+    [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
 def test_how_a_run_ends(error, status):
     with pytest.raises(error), tracked() as run:
         raise error
@@ -77,7 +77,7 @@ def test_how_a_run_ends(error, status):
 @pytest.mark.usefixtures("store")
 def test_sigterm_kills_the_run_and_keeps_its_checkpoints():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), tracked() as run:
+    with pytest.raises(KeyboardInterrupt), tracked() as run:  # noqa: PT012  # the block is the run
         run.checkpoint_dir.mkdir(parents=True)
         (run.checkpoint_dir / "last.ckpt").write_text("weights")
         os.kill(os.getpid(), signal.SIGTERM)

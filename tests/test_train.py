@@ -123,15 +123,15 @@ def test_unknown_run_names_the_newest():
     result = run_train("trainer.max_steps=10")
     with pytest.raises(UserError, match=rf"no run 'abc' .*{result['run_id']}"):
         evaluate.run(compose_config("evaluate", ["run=abc"]))
+    overrides = [f"resume={result['run_id']}", "learner=maml"]
     with pytest.raises(UserError, match="keeps its learner"):
-        overrides = [f"resume={result['run_id']}", "learner=maml"]
         train.run(compose_config("train", overrides), overrides)
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        ["backbone=resnet12", "backbone.widths=[4,4,8,8]"],  # dropout, DropBlock, running statistics
+        ["backbone=resnet12", "backbone.widths=[4,4,8,8]"],  # draws dropout masks
         ["learner=reptile", "data.meta_batch_size=2", "data.train_k_shot=2",
          "learner.eval_inner_steps=2", "data.train_n_query=2"],  # draws its own mini-batches
     ],
@@ -181,14 +181,15 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
 def test_failed_and_interrupted_runs_are_closed_as_such(monkeypatch):
     from pipeline.learners.protonet import ProtoNet
 
-    def fail(self, batch, batch_idx):
-        raise {"error": RuntimeError, "interrupt": KeyboardInterrupt}[kind]("on purpose")
-
-    monkeypatch.setattr(ProtoNet, "training_step", fail)
-    for kind, expected, status in (
-        ("error", RuntimeError, "FAILED"),
-        ("interrupt", (KeyboardInterrupt, SystemExit), "KILLED"),
+    for cause, expected, status in (
+        (RuntimeError, RuntimeError, "FAILED"),
+        (KeyboardInterrupt, (KeyboardInterrupt, SystemExit), "KILLED"),
     ):
+
+        def fail(self, batch, batch_idx, cause=cause):
+            raise cause("on purpose")
+
+        monkeypatch.setattr(ProtoNet, "training_step", fail)
         with pytest.raises(expected):
             run_train()
         client = tracking.connect()

@@ -124,7 +124,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         problems = []
         for split in ("train", "val") if stage == "fit" else (stage.replace("validate", "val"),):
             try:
-                self._dataset(split)  # type: ignore[arg-type]  # one of Split by construction
+                self._dataset(split)
             except UserError as error:
                 problems.append(f"data.{'train_' if split == 'train' else ''}{error}")
         if problems:
@@ -134,9 +134,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         if split == "train":
             group = self.meta_batch_size * self._world()[1]
             return EpisodeDataset(self.pool, self.sampler("train", *self.train_shape, group))
-        return EpisodeDataset(
-            self.pool, self.sampler(split, self.n_way, self.k_shot, self.n_query)
-        )
+        return EpisodeDataset(self.pool, self.sampler(split, self.n_way, self.k_shot, self.n_query))
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -145,7 +143,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         batches = EpisodeBatches(batch_size, episodes, *self._world(), repeat=split != "train")
         return DataLoader(
             self._dataset(split),
-            sampler=batches,  # type: ignore[arg-type]  # yields lists: the data set stacks them
+            sampler=batches,  # yields lists of indices: the data set stacks them
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -175,7 +173,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         augment = self.augmentation if self.trainer and self.trainer.training else None
         generator = torch.Generator()
         if augment:  # a function of the episode alone, as the episode is of its index
-            generator.manual_seed(self.seed * 0x9E3779B1 + int(batch.index.flatten()[0]))
+            generator.manual_seed(self.seed * 0x9E3779B1 + int(batch.id.flatten()[0]))
 
         def ready(images: Tensor) -> Tensor:
             tasks, m = images.shape[:2]

@@ -44,7 +44,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def choose_distinct(key: np.ndarray, population: np.ndarray, m: int, stream: int) -> np.ndarray:
-    """m distinct numbers out of 0..population-1 for each key, in random order.
+    """M distinct numbers out of 0..population-1 for each key, in random order.
 
     Floyd's sampling (Bentley, Floyd 1987) costs m steps whatever the population; it yields a
     uniform subset but not a uniform order, so a sort by further random numbers follows.

@@ -24,11 +24,14 @@ class MetaLearner(pl.LightningModule, ABC):
     """Maps a support set to a classifier; everything else follows from `adapt`.
 
     Args:
-        optimizer: of the outer loop, from parameters (any of torch.optim, partially applied).
+        optimizer: of the outer loop, from parameters (any of torch.optim, partially applied);
+            None if there is nothing to train.
         scheduler: of its rate, stepped once a training step; None keeps the rate.
     """
 
-    def __init__(self, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+    def __init__(
+        self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None
+    ) -> None:
         super().__init__()
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
@@ -55,7 +58,7 @@ class MetaLearner(pl.LightningModule, ABC):
 
     @property
     def protocol(self) -> str:
-        """"transductive" if a prediction depends on the other queries, else "inductive"."""
+        """Transductive if a prediction depends on the other queries, else inductive."""
         return "transductive" if is_transductive(self) else "inductive"
 
     def task_loss(self, task: Episode) -> tuple[Tensor, Tensor]:
@@ -113,6 +116,8 @@ class MetaLearner(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The outer optimiser and, if asked for, its schedule in steps."""
+        if self.make_optimizer is None:
+            return None
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer

@@ -21,7 +21,7 @@ class EmbeddingLearner(MetaLearner):
     def __init__(
         self,
         backbone: nn.Module,
-        optimizer: OptimizerFactory,
+        optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
     ) -> None:
         super().__init__(optimizer, scheduler)

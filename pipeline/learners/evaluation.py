@@ -42,7 +42,9 @@ class Scores(NamedTuple):
 
     def by_class(self) -> dict[int, float]:
         """Accuracy of the queries of each class."""
-        return {int(c): float(self.correct[self.classes == c].mean()) for c in np.unique(self.classes)}
+        return {
+            int(c): float(self.correct[self.classes == c].mean()) for c in np.unique(self.classes)
+        }
 
 
 class Scorer:

@@ -54,9 +54,12 @@ class GradientLearner(MetaLearner):
     def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """Adapt phi to one support set; x is what `_predict` takes."""
 
+    def _part(self, name: str) -> nn.Module:
+        return self.net.get_submodule(name)
+
     def _predict(self, phi: Params, x: Tensor) -> Tensor:
         """Logits by the adapted part: of images, or of features where only the head adapts."""
-        return functional_call(self.net if self.adapted == "all" else self.net.head, phi, (x,))
+        return functional_call(self.net if self.adapted == "all" else self._part("head"), phi, (x,))
 
     def inner_loss(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy on the support set, what the inner loop descends."""
@@ -71,9 +74,11 @@ class GradientLearner(MetaLearner):
             return lambda query_x: self._predict(phi, query_x)
         body = {k.removeprefix("body."): v for k, v in theta.items() if k.startswith("body.")}
         head = {k.removeprefix("head."): v for k, v in theta.items() if k.startswith("head.")}
-        features = functional_call(self.net.body, body, (support_x,))  # once for all steps
+        features = functional_call(self._part("body"), body, (support_x,))  # once for all steps
         phi = self.inner_loop(head, features, support_y, steps)
-        return lambda query_x: self._predict(phi, functional_call(self.net.body, body, (query_x,)))
+        return lambda query_x: self._predict(
+            phi, functional_call(self._part("body"), body, (query_x,))
+        )
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`; `eval_inner_steps` steps from theta.

@@ -11,13 +11,9 @@ class PixelCentroid(EmbeddingLearner):
     """Untrained: the embedding is the image itself. What a learner adds, it adds to this."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Flatten(), optimizer=_nothing_to_train, scheduler=None)
+        super().__init__(nn.Flatten(), optimizer=None, scheduler=None)
 
     def head(self, support_z: Tensor, support_y: Tensor) -> Classifier:
         """Logits are minus the squared distances to the mean images."""
         means = prototypes(support_z, support_y, count_ways(support_y))  # (n_way, C*H*W)
         return lambda query_z: -squared_distances(query_z, means)
-
-
-def _nothing_to_train(parameters: object) -> None:  # type: ignore[misc]
-    """Lightning accepts a learner without an optimiser."""

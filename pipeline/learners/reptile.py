@@ -56,7 +56,7 @@ class Reptile(GradientLearner):
         return {k: v.detach() for k, v in phi.items()}
 
     def meta_gradient(self, theta: Params, task: Episode) -> tuple[Params, Tensor, Tensor]:
-        """theta - phi, with the query loss and accuracy of phi (not used by the step)."""
+        """Theta - phi, with the query loss and accuracy of phi (not used by the step)."""
         m = len(task.support_y)
         epochs = -(-self.inner_steps * min(self.inner_batch_size, m) // m)
         order = torch.cat([torch.randperm(m) for _ in range(epochs)]).to(task.support_y.device)
