@@ -30,6 +30,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     import torch
 
     from pipeline import checkpoints, config, reporting, tracking
+    from pipeline.learners.gradient import GradientLearner
     from pipeline.scoreboard import make_test_sets
 
     path = tracking.find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
@@ -44,6 +45,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     shots = [shots] if isinstance(shots, int) else list(shots)
 
     learner = config.build_learner(trained, image_shape)
+    if isinstance(learner, GradientLearner) and cfg.n_way not in (None, learner.n_way):
+        raise UserError(
+            f"n_way: found {cfg.n_way}, but the head of this {learner.label} was trained for "
+            f"{learner.n_way}; an embedding learner (protonet) takes any number"
+        )
     checkpoints.load_weights(learner, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     learner.to(device)

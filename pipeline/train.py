@@ -126,7 +126,8 @@ def quieten() -> None:
 
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*logging interval.*"):
+    harmless = ("does not have many workers", "LeafSpec", "logging interval", "exists and is not")
+    for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 
 

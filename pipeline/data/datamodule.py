@@ -121,6 +121,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         Raises:
             UserError: naming every split that cannot.
         """
+        _ = self.pool  # missing or damaged data speaks for itself
         problems = []
         for split in ("train", "val") if stage == "fit" else (stage.replace("validate", "val"),):
             try:
