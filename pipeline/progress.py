@@ -82,8 +82,8 @@ class LineProgress(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print it."""
-        if not trainer.is_global_zero:
-            return
+        if not trainer.is_global_zero or "val/acc" not in trainer.callback_metrics:
+            return  # a resumed run first ends, without validating, the epoch it was stopped after
         step, total = trainer.global_step, trainer.max_steps
         seen = {k: float(v) for k, v in trainer.callback_metrics.items()}
         spent = time.perf_counter() - self._start

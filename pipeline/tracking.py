@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,8 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "mlflow", "meta-learni
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the project's own SQLite file by absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{MLRUNS / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    return given or f"sqlite:///{MLRUNS / 'mlflow.db'}"
 
 
 def connect() -> "MlflowClient":
@@ -50,18 +53,17 @@ def connect() -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # 7 hang for four minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if uri.startswith(("http://", "https://")):
         _ask_health(uri)
-    else:
-        _probe_write(MLRUNS)
+    _probe_write(MLRUNS)  # a server too leaves checkpoints, and what it misses, there
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
+    with _opening(uri):
         if not uri.startswith("sqlite:///"):
             return MlflowClient(uri)
         from filelock import FileLock
@@ -70,15 +72,26 @@ def connect() -> "MlflowClient":
             client = MlflowClient(uri)
             _write_ahead(uri)
             return client
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLFLOW_TRACKING_URI: {uri} cannot be opened ({error})") from error
+
+
+@contextmanager
+def _opening(uri: str) -> Iterator[None]:
+    """Whatever a store cannot do at the start is bad input, told in one line."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"MLFLOW_TRACKING_URI: {uri} cannot be opened ({reason})") from error
 
 
 def _ask_health(uri: str) -> None:
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3):
+        with urllib.request.urlopen(f"{uri}/health", timeout=3):
             pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(
             f"MLFLOW_TRACKING_URI: no MLflow server answers at {uri} ({error}); start it, or unset "
             "the variable to track in mlruns/"
@@ -132,6 +145,8 @@ class Run:
         self.experiment_id = client.get_run(run_id).info.experiment_id
         self._client = client
         self._outbox = Outbox(client, run_id, tracking_uri(), MLRUNS / "unsent")
+        self._one_at_a_time = threading.RLock()  # the monitor of system metrics is a thread
+        self._lost = False
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers at a step."""
@@ -191,10 +206,8 @@ class Run:
         """Upload the checkpoints, end the run; local copies stay unless all is well and sent."""
         for file in sorted(self.checkpoint_dir.glob("*.ckpt")):
             self.log_file(file, "checkpoints")
-        self._outbox.send(
-            {"kind": "status", "status": status, "time": int(time.time() * 1000)}, now=True
-        )
-        if status == "FINISHED" and not self._outbox.journal.exists():
+        self._send("status", now=True, status=status, time=int(time.time() * 1000))
+        if status == "FINISHED" and not (self._lost or self._outbox.journal.exists()):
             for file in self.checkpoint_dir.glob("*.ckpt"):
                 file.unlink()
             with suppress(OSError):
@@ -207,8 +220,14 @@ class Run:
             return f"run {self.run_id}: {uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"run {self.run_id}; make ui (or python -m pipeline.ui) opens it in MLflow"
 
-    def _send(self, kind: str, **fields: Any) -> None:
-        self._outbox.send({"kind": kind, **fields})
+    def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
+        try:
+            with self._one_at_a_time:
+                self._outbox.send({"kind": kind, **fields}, now=now)
+        except OSError as error:  # the store is away and the disk does not take it either
+            if not self._lost:
+                print(f"tracking: {kind} lost, cannot be kept ({error})", file=sys.stderr)
+            self._lost = True
 
 
 class NoRun(Run):
@@ -221,7 +240,7 @@ class NoRun(Run):
         """That there is no run."""
         return "not tracked: a checkpoint file belongs to no run; run=RUN_ID does"
 
-    def _send(self, kind: str, **fields: Any) -> None:
+    def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
         pass
 
 
@@ -241,20 +260,15 @@ def tracked_run(
     Raises:
         UserError: if the store cannot be used or the run to resume does not exist.
     """
-    client = connect()
-    deliver_orphans(client, tracking_uri(), MLRUNS / "unsent")
-    if resume:
-        client.update_run(existing(client, resume), status="RUNNING")
-        run = Run(client, resume)
-    else:
-        created = client.create_run(_experiment(client, experiment), run_name=name)
-        run = Run(client, created.info.run_id)
-        run.log_params(config)
-    run.set_tags({**_environment(), **tags})
-    monitor = _monitor(run, resumed=bool(resume))
+    run = _open(experiment, name, resume)
+    monitor = None
     status = "FAILED"
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
+            if not resume:
+                run.log_params(config)
+            run.set_tags({**_environment(), **tags})
+            monitor = _monitor(run, resumed=bool(resume))
             yield run
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -262,8 +276,21 @@ def tracked_run(
         print(f"stopped; python -m pipeline.train resume={run.run_id} goes on", file=sys.stderr)
         raise
     finally:
-        monitor.finish()
+        if monitor:
+            monitor.finish()
         run.close(status)
+
+
+def _open(experiment: str, name: str, resume: str | None) -> Run:
+    """A new run, or the stopped one running again; first sends what others had to keep."""
+    client, uri = connect(), tracking_uri()
+    with _opening(uri):
+        deliver_orphans(client, uri, MLRUNS / "unsent")
+        if resume:
+            client.update_run(existing(client, resume), status="RUNNING")
+            return Run(client, resume)
+        created = client.create_run(_experiment(client, experiment), run_name=name)
+        return Run(client, created.info.run_id)
 
 
 @contextmanager
@@ -340,9 +367,22 @@ def _git(*arguments: str) -> str:
 
 
 def _monitor(run: Run, resumed: bool) -> Any:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    """A started monitor of system metrics, or None where psutil is missing."""
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    except ImportError:
+        return None
 
     class Monitor(SystemMetricsMonitor):
+        def monitor(self) -> None:
+            """Until the run ends: MLflow's own loop gives up when its server goes away."""
+            while True:
+                for _ in range(self.samples_before_logging):
+                    self.collect_metrics()
+                    if self._shutdown_event.wait(self.sampling_interval):
+                        return
+                self.publish_metrics(self.aggregate_metrics())
+
         def publish_metrics(self, metrics: dict[str, float]) -> None:
             """Through the run, so that a lost server loses none."""
             run.log_metrics({f"system/{k}": v for k, v in metrics.items()}, self._logging_step)
@@ -356,7 +396,7 @@ def _monitor(run: Run, resumed: bool) -> Any:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM, as a batch system sends it, ends a run as Ctrl-C does."""
 
     def interrupt(signum: int, frame: object) -> None:

@@ -106,9 +106,10 @@ def _fit(
         max_epochs=-1,
     )
     last = str(find_checkpoint(resume, "last")) if resume else None
-    trainer.fit(learner, data, ckpt_path=last, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(learner, data, ckpt_path=last, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stop
     return Path(keep.best_model_path)
 
 
@@ -126,7 +127,8 @@ def quieten() -> None:
 
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    harmless = ("does not have many workers", "LeafSpec", "logging interval", "exists and is not")
+    harmless = ["does not have many workers", "LeafSpec", "logging interval", "exists and is not"]
+    harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 

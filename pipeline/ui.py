@@ -1,6 +1,7 @@
 """`python -m pipeline.ui`: the MLflow UI on the tracked runs. Floor 5."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,22 +12,24 @@ from pipeline.cli import main
 from pipeline.errors import UserError
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> int:
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     """Serve the store on this machine until interrupted.
 
     Raises:
-        UserError: if MLFLOW_TRACKING_URI names a server, which has a UI of its own.
+        UserError: if MLFLOW_TRACKING_URI names a server, which has a UI of its own, if the port is
+            none or taken, or if the server ends by itself.
     """
     from pipeline import tracking
 
     uri = tracking.tracking_uri()
     if uri.startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI: {uri} is a server; open that address in a browser")
+    _check_port(cfg.port)
     client = tracking.connect()
     experiments = client.search_experiments(order_by=["last_update_time DESC"])
     newest = next((e for e in experiments if e.name != "Default"), experiments[0])
     print(f"http://127.0.0.1:{cfg.port}/#/experiments/{newest.experiment_id}/runs", flush=True)
-    print("Ctrl-C ends it.", flush=True)
+    print("It answers in about ten seconds; Ctrl-C ends it.", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(cfg.port), "--workers", "1", "--backend-store-uri", uri]
     command += ["--default-artifact-root", str(tracking.MLRUNS / "artifacts")]
@@ -35,10 +38,29 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> int:
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
     server = subprocess.Popen(command, env={**os.environ, **lean, "PATH": path})
     try:
-        return server.wait()
+        with tracking.sigterm_interrupts():
+            code = server.wait()
     except KeyboardInterrupt:
+        return
+    finally:
         server.terminate()
-        return server.wait()
+        server.wait()
+    raise UserError(
+        f"ui: the MLflow server ended by itself with code {code}; its last lines say why"
+    )
+
+
+def _check_port(port: object) -> None:
+    if not isinstance(port, int) or not 1 <= port <= 65535:
+        raise UserError(f"port: found {port!r}, allowed are 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(
+                f"port: {port} is taken ({error.strerror}); try port={port + 1}"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -124,12 +124,13 @@ def test_processes_share_the_stream():
 
 
 def test_epochs_go_on_where_the_last_ended():
-    batches = EpisodeBatches(2, 4)
-    batches.set_epoch(3)
+    seen = iter([0, 4, 12])
+    batches = EpisodeBatches(2, 4, first=lambda: next(seen))
+    assert list(batches) == [[0, 1], [2, 3]]
+    assert list(batches) == [[4, 5], [6, 7]]
     assert list(batches) == [[12, 13], [14, 15]]
-    again = EpisodeBatches(2, 4, repeat=True)
-    again.set_epoch(3)
-    assert list(again) == [[0, 1], [2, 3]]
+    again = EpisodeBatches(2, 4)
+    assert list(again) == list(again) == [[0, 1], [2, 3]]
 
 
 def test_ranges_draw_shapes_that_a_group_shares():

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
-from pipeline import outbox, tracking
+from pipeline import outbox, tracking, ui
 from pipeline.errors import UserError
 from tests.conftest import stored_table
 
@@ -61,6 +63,43 @@ def test_system_metrics_are_sampled(monkeypatch):
         time.sleep(1.5)
     metrics = tracking.connect().get_run(run.run_id).data.metrics
     assert metrics["system/system_memory_usage_megabytes"] > 0
+
+
+@pytest.mark.usefixtures("store")
+def test_system_metrics_outlive_a_lost_server(monkeypatch):
+    def lost(*args: object) -> None:
+        raise ConnectionError("unplugged")
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    with tracked() as run:
+        with monkeypatch.context() as patch:
+            patch.setattr("mlflow.MlflowClient.get_run", lost)  # MLflow's own loop ends by this
+            patch.setattr("mlflow.MlflowClient.log_batch", lost)
+            time.sleep(0.7)
+        time.sleep(0.7)
+    client = tracking.connect()
+    history = client.get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+    steps = [m.step for m in history]
+    assert len(steps) >= 3
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.usefixtures("store")
+def test_without_psutil_there_are_no_system_metrics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
+    with tracked() as run:
+        run.log_metrics({"x": 1}, 0)
+    stored = tracking.connect().get_run(run.run_id)
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"x": 1})
+
+
+@pytest.mark.usefixtures("store")
+def test_a_run_that_cannot_be_opened_is_failed():
+    with pytest.raises(Exception, match="Names may only contain"), tracked(tags={"bad\nkey": 1}):
+        pass
+    client = tracking.connect()
+    ids = [client.get_experiment_by_name("e").experiment_id]
+    assert [r.info.status for r in client.search_runs(ids)] == ["FAILED"]
 
 
 @pytest.mark.usefixtures("store")
@@ -150,6 +189,46 @@ def test_a_store_that_comes_back_gets_all_of_it_in_order(monkeypatch):
     assert [m.value for m in history] == [1, 2]
 
 
+@pytest.mark.usefixtures("store")
+def test_two_threads_lose_nothing_in_outages(monkeypatch):
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0)
+    steps = range(40)
+
+    def write(run: tracking.Run, key: str) -> None:
+        for step in steps:
+            run.log_metrics({key: step}, step)
+            time.sleep(0.01)
+
+    with tracked() as run:
+        line = Unreliable(run._outbox.client)
+        run._outbox.client = line
+        threads = [threading.Thread(target=write, args=(run, key)) for key in "ab"]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            line.plugged = not line.plugged
+            time.sleep(0.1)
+        line.plugged = True
+        for thread in threads:
+            thread.join()
+    client = tracking.connect()
+    for key in "ab":
+        assert [m.step for m in client.get_metric_history(run.run_id, key)] == list(steps)
+
+
+def test_neither_store_nor_disk(store, capsys):
+    with tracked() as run:
+        run.checkpoint_dir.mkdir(parents=True)
+        (run.checkpoint_dir / "last.ckpt").write_text("weights")
+        run._outbox.client = Unreliable(run._outbox.client)
+        run._outbox.client.plugged = False
+        (store / "unsent").write_text("a file where the folder should be")
+        run.log_metrics({"x": 1}, 0)
+        run.log_metrics({"x": 2}, 1)
+    assert capsys.readouterr().err.count("metrics lost, cannot be kept") == 1
+    assert (run.checkpoint_dir / "last.ckpt").exists()  # FINISHED, but it never arrived
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -158,10 +237,72 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         tracking.connect()
 
 
-def test_an_unknown_scheme(store, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
-    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: gopher://nowhere cannot be opened"):
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "gopher://nowhere",
+        "file:./mlruns",
+        "http://127.0.0.1:1",
+        "http://localhost:port",
+        "sqlite:////dev/null/x.db",
+        "sqlite:///{folder}/no.db",
+    ],
+)
+def test_a_store_that_cannot_be_used(uri, tmp_path, monkeypatch):
+    (tmp_path / "no.db").write_text("this is no database " * 200)
+    uri = uri.format(folder=tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: ") as caught:
         tracking.connect()
+    assert time.monotonic() - start < 4
+    assert uri in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_uri_that_ends_in_a_slash(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
+    assert tracking.tracking_uri() == "http://host:5000"
+
+
+@pytest.mark.usefixtures("store")
+def test_ui_refuses_a_port_that_it_cannot_have():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port: {port} is taken"):
+            ui.run(OmegaConf.create({"port": port}))
+    with pytest.raises(UserError, match="port: found 'abc', allowed are 1 to 65535"):
+        ui.run(OmegaConf.create({"port": "abc"}))
+
+
+@pytest.mark.slow
+def test_ui_takes_its_server_along(store):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "PIPELINE_MLRUNS": str(store)}
+    command = [sys.executable, "-m", "pipeline.ui", f"port={port}"]
+    shown = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert shown.stdout.readline().startswith(f"http://127.0.0.1:{port}/#/experiments/")
+    wait_for_health(f"http://127.0.0.1:{port}")
+    shown.terminate()
+    assert shown.wait(timeout=30) == 0
+    shown.stdout.close()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+
+
+def wait_for_health(uri: str) -> None:
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not start")
 
 
 def test_two_processes_make_the_database_at_once(tmp_path):
@@ -189,13 +330,8 @@ def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
         env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
         server = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                return server
-            except OSError:
-                time.sleep(0.5)
-        raise AssertionError("the server did not start")
+        wait_for_health(uri)
+        return server
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "mlruns")
@@ -209,9 +345,11 @@ def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
             start = time.monotonic()
             run.log_metrics({"x": 1}, 1)
             assert time.monotonic() - start < 30
-            assert capsys.readouterr().err.count("training goes on") == 1
+            said = capsys.readouterr()
+            assert said.err.count("training goes on") == 1
             server = serve()
             time.sleep(1)
+        assert said.out + capsys.readouterr().out == ""  # MLflow would advertise its links here
         client = tracking.connect()
         assert [m.value for m in client.get_metric_history(run.run_id, "x")] == [0, 1]
         assert client.get_run(run.run_id).info.status == "FINISHED"

@@ -144,7 +144,8 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     common = [o for o in SMALL if not (o.startswith("backbone.") and "resnet12" in extra[0])]
     common += [
         *extra,
-        "trainer.max_steps=60",
+        "trainer.max_steps=40",
+        "test_k_shot=[1]",
         "data.augmentation._target_=pipeline.data.transforms.Augmentation",
         "data.augmentation.affine=0.1",
         "data.augmentation.crop_padding=2",
@@ -154,7 +155,8 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     common = [o if not o.startswith("data.augmentation.") else f"+{o}" for o in common]
     whole = train.run(compose_config("train", common), common)
 
-    env = {**os.environ, "PIPELINE_MLRUNS": str(tracking.MLRUNS)}
+    # as many threads as here: sums in another order differ in the last bit
+    env = {**os.environ, "PIPELINE_MLRUNS": str(tracking.MLRUNS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pipeline.train", *common]
     child = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -166,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     child.wait()
     run_id = found[0].parent.name
     stopped_at = torch.load(found[0], weights_only=True)["global_step"]
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < 40
     assert tracking.connect().get_run(run_id).info.status == "RUNNING"  # nobody could say otherwise
 
     overrides = [f"resume={run_id}"]

@@ -140,8 +140,14 @@ class EpisodicDataModule(pl.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, split: Split, batch_size: int, episodes: int) -> DataLoader[Episode]:
-        batches = EpisodeBatches(batch_size, episodes, *self._world(), repeat=split != "train")
+    def _seen(self) -> int:
+        """Training episodes drawn so far by all processes: what the optimiser steps stand for."""
+        if not self.trainer:
+            return 0
+        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return batches * self.meta_batch_size * self.trainer.world_size
+
+    def _loader(self, split: Split, batches: EpisodeBatches) -> DataLoader[Episode]:
         return DataLoader(
             self._dataset(split),
             sampler=batches,  # yields lists of indices: the data set stacks them
@@ -153,17 +159,18 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Episode]:
         """Meta-batches of the endless training stream."""
-        world = self._world()[1]
-        each = self.meta_batch_size
-        return self._loader("train", each, self.batches_per_epoch * each * world)
+        rank, world = self._world()
+        episodes = self.batches_per_epoch * self.meta_batch_size * world
+        batches = EpisodeBatches(self.meta_batch_size, episodes, rank, world, self._seen)
+        return self._loader("train", batches)
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The fixed validation episodes, one a batch."""
-        return self._loader("val", 1, self.val_episodes)
+        return self._loader("val", EpisodeBatches(1, self.val_episodes, *self._world()))
 
     def test_dataloader(self) -> DataLoader[Episode]:
         """The fixed test episodes, one a batch."""
-        return self._loader("test", 1, self.test_episodes)
+        return self._loader("test", EpisodeBatches(1, self.test_episodes, *self._world()))
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""

@@ -5,7 +5,7 @@ not depend on workers, order, process count, platform or library version.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -193,35 +193,36 @@ class EpisodeDataset(Dataset[Episode]):
 class EpisodeBatches:
     """Lists of episode indices: a stream cut into epochs and dealt to processes.
 
-    Rank r of R takes the indices r, r+R, ... Epoch e goes on where e-1 ended, so a run resumed at
-    an epoch sees the very episodes it would have seen. With `repeat` every epoch is the first.
+    Rank r of R takes the indices r, r+R, ...
 
     Args:
         batch_size: episodes in a batch of one process.
         episodes: in an epoch, over all processes.
-        rank, world: this process and their number.
+        rank: of this process.
+        world: number of processes.
+        first: asked at each epoch for the index it begins with. Training answers with the number
+            of episodes seen so far, so a resumed run sees the very episodes it would have seen;
+            without an answer every epoch is the same.
     """
 
     def __init__(
-        self, batch_size: int, episodes: int, rank: int = 0, world: int = 1, repeat: bool = False
+        self,
+        batch_size: int,
+        episodes: int,
+        rank: int = 0,
+        world: int = 1,
+        first: Callable[[], int] = lambda: 0,
     ) -> None:
         self.batch_size, self.episodes = batch_size, episodes
-        self.rank, self.world, self.repeat = rank, world, repeat
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = 0 if self.repeat else epoch
-
-    def _mine(self) -> range:
-        first = self.epoch * self.episodes
-        return range(first + self.rank, first + self.episodes, self.world)
+        self.rank, self.world, self.first = rank, world, first
 
     def __len__(self) -> int:
-        return -(-len(self._mine()) // self.batch_size)
+        mine = len(range(self.rank, self.episodes, self.world))
+        return -(-mine // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine = self._mine()
+        first = self.first()
+        mine = range(first + self.rank, first + self.episodes, self.world)
         for start in range(0, len(mine), self.batch_size):
             yield list(mine[start : start + self.batch_size])
 

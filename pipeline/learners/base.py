@@ -34,6 +34,7 @@ class MetaLearner(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self._seed = torch.initial_seed() % 2**31
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
 
     @abstractmethod
@@ -78,7 +79,8 @@ class MetaLearner(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
         """Seed dropout and the like by the step, so that a resumed run draws the same masks."""
-        torch.manual_seed((self.global_rank << 40) + self.global_step)
+        key = self._seed ^ (self.global_rank << 40) ^ self.global_step
+        torch.manual_seed(key)
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """One step over a meta-batch; logs train/loss and train/acc."""
