@@ -46,7 +46,7 @@ class Outbox:
             if getattr(error, "error_code", None) in _OUR_MISTAKE:
                 raise
             if not self._away:
-                reason = str(error).strip().splitlines()[0][:160]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 print(
                     f"tracking: {self.uri} does not answer ({reason}); training goes on, what is "
                     f"not sent is kept in {self.journal.parent}",
@@ -86,7 +86,7 @@ def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
     for i, record in enumerate(records):
         try:
             perform(client, head["run_id"], record)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             rest = [head, *records[i:]]  # what was sent must not be sent twice
             journal.write_text("".join(json.dumps(r) + "\n" for r in rest))
             raise

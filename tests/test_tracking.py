@@ -357,3 +357,4 @@ def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
         assert "inner_lr: 0.4" in Path(config).read_text()
     finally:
         os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.annotations import NonNegativeInt, Ways
+from pipeline.backbones import BatchStatsNorm
 from pipeline.episode import Classifier, Episode
 from pipeline.errors import UserError
 from pipeline.functional import Params, accuracy, count_ways
@@ -44,6 +45,9 @@ class GradientLearner(MetaLearner):
                 "backbone.norm: 'batch' keeps running statistics, which an inner loop would mix "
                 "over tasks; allowed with this learner are batch_stats, group, none"
             )
+        for part in backbone.modules():
+            if isinstance(part, BatchStatsNorm):
+                part.fused = True  # `meta_loss` loops over tasks
         self.n_way = n_way
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
         self.adapted = adapted
