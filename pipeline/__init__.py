@@ -1,12 +1,10 @@
-"""Meta-learning, tracked. Floors; imports point down only.
+"""Meta-learning, tracked: a map of the floors. Imports point down only.
 
-5  train evaluate ui cli       the commands, each a `run(cfg)`
-4  compose config scoreboard   configurations to parts; test sets to tables
-tracking                    the only module that imports mlflow
-3  learners/* progress         support set to classifier (Lightning modules)
-2  data/datamodule             three class-disjoint splits to three loaders
-1  backbones metrics figures   networks, metrics, plots
-data/*                      image pools, class splits, episodes
-0  episode functional          the shapes of a task; pure maths
-annotations errors
+Floor 5, commands: train, evaluate, ui; each a `run(cfg)` behind cli.
+Floor 4, runs: compose and config (configurations to parts), checkpoints, scoreboard (test sets to
+    tables), reporting (what a run leaves behind), tracking (MLflow; nothing else imports it).
+Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
+Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
+Floor 1, material: backbones, metrics, figures; data (image pools, class splits, episodes).
+Floor 0, words: episode (the shapes of a task), functional (pure maths), annotations, errors.
 """

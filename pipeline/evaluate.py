@@ -29,11 +29,13 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     import torch
 
-    from pipeline import checkpoints, config, reporting, tracking
+    from pipeline import checkpoints, config, reporting
     from pipeline.learners.gradient import GradientLearner
     from pipeline.scoreboard import make_test_sets
+    from pipeline.tracking.run import NoRun, existing_run
+    from pipeline.tracking.store import find_checkpoint
 
-    path = tracking.find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
+    path = find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
     trained = checkpoints.restore_config(path)
     image_shape = tuple(trained.data.image_shape)
     source = cfg.data if "data" in cfg else trained.data
@@ -59,7 +61,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, shots)
-    with tracking.existing_run(cfg.run) if cfg.run else nullcontext(tracking.NoRun()) as tracked:
+    with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
         return reporting.test_and_report(tracked, learner, sets, trained.published)
 
 

@@ -12,7 +12,7 @@ from pipeline.learners.base import MetaLearner
 from pipeline.scoreboard import FixedEpisodes, Result, metrics, print_frame, score_all, to_frame
 
 if TYPE_CHECKING:
-    from pipeline.tracking import Run
+    from pipeline.tracking.run import Run
 
 
 def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[FixedEpisodes]) -> None:

@@ -12,7 +12,7 @@ from pipeline.cli import main
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from pipeline.tracking import Run
+    from pipeline.tracking.run import Run
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,12 +32,14 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     quieten()
     import pytorch_lightning as pl
 
-    from pipeline import checkpoints, config, reporting, tracking
+    from pipeline import checkpoints, config, reporting
     from pipeline.scoreboard import make_test_sets
+    from pipeline.tracking.run import tracked_run
+    from pipeline.tracking.store import find_checkpoint
 
     resume = cfg.resume
     if resume:
-        cfg = checkpoints.restore_config(tracking.find_checkpoint(resume, "last"), overrides)
+        cfg = checkpoints.restore_config(find_checkpoint(resume, "last"), overrides)
     config.check(cfg)
     options = config.build_trainer_options(cfg)
     data = config.build_data(cfg.data)
@@ -56,7 +58,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "data": data.source.name,
         "device": _device_name(options["accelerator"]),
     }
-    with tracking.tracked_run(
+    with tracked_run(
         experiment=cfg.experiment_name,
         name=cfg.run_name or f"{learner.label} {data.source.name}",
         config=resolved,
@@ -84,7 +86,7 @@ def _fit(
 
     from pipeline.checkpoints import StoreConfig
     from pipeline.progress import RunLogger, progress_callbacks
-    from pipeline.tracking import find_checkpoint
+    from pipeline.tracking.store import find_checkpoint
 
     keep = ModelCheckpoint(
         dirpath=tracked.checkpoint_dir,

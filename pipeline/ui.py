@@ -19,26 +19,27 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         UserError: if MLFLOW_TRACKING_URI names a server, which has a UI of its own, if the port is
             none or taken, or if the server ends by itself.
     """
-    from pipeline import tracking
+    from pipeline.tracking import store
+    from pipeline.tracking.run import sigterm_interrupts
 
-    uri = tracking.tracking_uri()
+    uri = store.tracking_uri()
     if uri.startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI: {uri} is a server; open that address in a browser")
     _check_port(cfg.port)
-    client = tracking.connect()
+    client = store.connect()
     experiments = client.search_experiments(order_by=["last_update_time DESC"])
     newest = next((e for e in experiments if e.name != "Default"), experiments[0])
     print(f"http://127.0.0.1:{cfg.port}/#/experiments/{newest.experiment_id}/runs", flush=True)
     print("It answers in about ten seconds; Ctrl-C ends it.", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(cfg.port), "--workers", "1", "--backend-store-uri", uri]
-    command += ["--default-artifact-root", str(tracking.MLRUNS / "artifacts")]
+    command += ["--default-artifact-root", str(store.MLRUNS / "artifacts")]
     # one process instead of twelve: nothing here needs MLflow's job queue
     lean = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
     server = subprocess.Popen(command, env={**os.environ, **lean, "PATH": path})
     try:
-        with tracking.sigterm_interrupts():
+        with sigterm_interrupts():
             code = server.wait()
     except KeyboardInterrupt:
         return

@@ -10,9 +10,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import tracking
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.pool import ImagePool, ImageSource, SplitPool
+from pipeline.tracking import store
 
 torch.set_num_threads(1)  # the nets here are tiny: a second thread only waits
 
@@ -23,19 +23,19 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("database")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(tracking, "MLRUNS", folder)
-        tracking.connect()
+        patch.setattr(store, "MLRUNS", folder)
+        store.connect()
     return folder / "mlflow.db"
 
 
 @pytest.fixture
-def store(fresh_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_folder(fresh_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tracking store of the test's own."""
     folder = tmp_path / "mlruns"
     folder.mkdir()
     shutil.copy(fresh_database, folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "MLRUNS", folder)
+    monkeypatch.setattr(store, "MLRUNS", folder)
     return folder
 
 

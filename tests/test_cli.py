@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, tracking
+from pipeline import cli
+from pipeline.tracking import store
 
 REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
 
 
 @pytest.fixture
-def shell(store, tmp_path):
+def shell(runs_folder, tmp_path):
     """Runs `python -m pipeline...` in a folder of its own, on a store of its own."""
 
     def run(command: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", *command.split()],
             cwd=tmp_path,
-            env={**os.environ, "PIPELINE_MLRUNS": str(store), "OMP_NUM_THREADS": "1", **env},
+            env={**os.environ, "PIPELINE_MLRUNS": str(runs_folder), "OMP_NUM_THREADS": "1", **env},
             capture_output=True,
             text=True,
             timeout=240,
@@ -34,7 +35,7 @@ def shell(store, tmp_path):
 
 
 @pytest.fixture
-def typed(store, monkeypatch, capsys):
+def typed(runs_folder, monkeypatch, capsys):
     """The same in this process, without the seconds that an import of torch takes."""
 
     def run(command: str) -> tuple[object, list[str]]:
@@ -111,7 +112,7 @@ def test_full_traceback_on_request(shell):
 
 def test_mlruns_that_cannot_be_written(typed, tmp_path, monkeypatch):
     (tmp_path / "occupied").write_text("a file, not a folder")
-    monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "occupied")
+    monkeypatch.setattr(store, "MLRUNS", tmp_path / "occupied")
     code, lines = typed("pipeline.train learner=pixel_centroid")
     assert code == 2
     assert lines[-1].startswith(f"error: {tmp_path}/occupied: cannot be written")

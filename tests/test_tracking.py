@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import outbox, tracking, ui
+from pipeline import ui
 from pipeline.errors import UserError
+from pipeline.tracking import outbox, store
+from pipeline.tracking import run as tracking
 from tests.conftest import stored_table
 
 CONFIG = {"learner": {"inner_lr": 0.4, "betas": [0.0, 0.9]}, "seed": 3, "nothing": {}}
@@ -32,7 +34,7 @@ def test_flatten():
     assert flat == {"learner.inner_lr": 0.4, "learner.betas": [0.0, 0.9], "seed": 3, "nothing": {}}
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_everything_arrives():
     with tracked() as run:
         run.log_metrics({"val/acc": np.float32(0.5)}, step=3)
@@ -41,7 +43,7 @@ def test_everything_arrives():
         run.log_dataset("glyphs", "f" * 64, "Glyphs", "training", {"images": 7})
         (run.checkpoint_dir).mkdir(parents=True)
         (run.checkpoint_dir / "best.ckpt").write_text("weights")
-    client = tracking.connect()
+    client = store.connect()
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert stored.data.params["learner.betas"] == "[0.0, 0.9]"
@@ -52,20 +54,20 @@ def test_everything_arrives():
     ]
     assert stored_table(client, run.run_id)["y"].tolist() == ["a", "b"]
     assert stored.inputs.dataset_inputs[0].dataset.digest == "f" * 36
-    assert tracking.find_checkpoint(run.run_id, "best").read_text() == "weights"
+    assert store.find_checkpoint(run.run_id, "best").read_text() == "weights"
     assert not run.checkpoint_dir.exists()
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_system_metrics_are_sampled(monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with tracked() as run:
         time.sleep(1.5)
-    metrics = tracking.connect().get_run(run.run_id).data.metrics
+    metrics = store.connect().get_run(run.run_id).data.metrics
     assert metrics["system/system_memory_usage_megabytes"] > 0
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_system_metrics_outlive_a_lost_server(monkeypatch):
     def lost(*args: object) -> None:
         raise ConnectionError("unplugged")
@@ -77,32 +79,32 @@ def test_system_metrics_outlive_a_lost_server(monkeypatch):
             patch.setattr("mlflow.MlflowClient.log_batch", lost)
             time.sleep(0.7)
         time.sleep(0.7)
-    client = tracking.connect()
+    client = store.connect()
     history = client.get_metric_history(run.run_id, "system/cpu_utilization_percentage")
     steps = [m.step for m in history]
     assert len(steps) >= 3
     assert steps == list(range(len(steps)))
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_without_psutil_there_are_no_system_metrics(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
     with tracked() as run:
         run.log_metrics({"x": 1}, 0)
-    stored = tracking.connect().get_run(run.run_id)
+    stored = store.connect().get_run(run.run_id)
     assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"x": 1})
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_a_run_that_cannot_be_opened_is_failed():
     with pytest.raises(Exception, match="Names may only contain"), tracked(tags={"bad\nkey": 1}):
         pass
-    client = tracking.connect()
+    client = store.connect()
     ids = [client.get_experiment_by_name("e").experiment_id]
     assert [r.info.status for r in client.search_runs(ids)] == ["FAILED"]
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
@@ -110,10 +112,10 @@ def test_a_run_that_cannot_be_opened_is_failed():
 def test_how_a_run_ends(error, status):
     with pytest.raises(error), tracked() as run:
         raise error
-    assert tracking.connect().get_run(run.run_id).info.status == status
+    assert store.connect().get_run(run.run_id).info.status == status
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_sigterm_kills_the_run_and_keeps_its_checkpoints():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), tracked() as run:  # noqa: PT012  # the block is the run
@@ -122,10 +124,10 @@ def test_sigterm_kills_the_run_and_keeps_its_checkpoints():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert tracking.connect().get_run(run.run_id).info.status == "KILLED"
+    assert store.connect().get_run(run.run_id).info.status == "KILLED"
     assert (run.checkpoint_dir / "last.ckpt").exists()
     with tracked(resume=run.run_id) as again:
-        assert tracking.connect().get_run(run.run_id).info.status == "RUNNING"
+        assert store.connect().get_run(run.run_id).info.status == "RUNNING"
     assert again.run_id == run.run_id
 
 
@@ -142,7 +144,7 @@ class Unreliable:
         return getattr(self.client, name)
 
 
-def test_a_lost_store_costs_nothing(store, capsys, monkeypatch, tmp_path):
+def test_a_lost_store_costs_nothing(runs_folder, capsys, monkeypatch, tmp_path):
     with tracked() as run:
         line = Unreliable(run._outbox.client)
         run._outbox.client = line
@@ -157,8 +159,10 @@ def test_a_lost_store_costs_nothing(store, capsys, monkeypatch, tmp_path):
         assert line.calls == 1  # it is not asked again at every step
         err = capsys.readouterr().err
         assert err.count("does not answer (unplugged); training goes on") == 1
-        assert len((store / "unsent" / f"{run.run_id}.jsonl").read_text().splitlines()) == 1 + 6
-    client = tracking.connect()  # the block has ended, its server still away
+        assert (
+            len((runs_folder / "unsent" / f"{run.run_id}.jsonl").read_text().splitlines()) == 1 + 6
+        )
+    client = store.connect()  # the block has ended, its server still away
     assert client.get_run(run.run_id).info.status == "RUNNING"
     assert [m.step for m in client.get_metric_history(run.run_id, "x")] == [0]
 
@@ -171,10 +175,10 @@ def test_a_lost_store_costs_nothing(store, capsys, monkeypatch, tmp_path):
     figure = client.download_artifacts(run.run_id, "figures/picture.png")
     assert Path(figure).read_text() == "before"
     assert stored_table(client, run.run_id)["x"].tolist() == [1]
-    assert not list((store / "unsent").iterdir())
+    assert not list((runs_folder / "unsent").iterdir())
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_a_store_that_comes_back_gets_all_of_it_in_order(monkeypatch):
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0)
     with tracked() as run:
@@ -185,11 +189,11 @@ def test_a_store_that_comes_back_gets_all_of_it_in_order(monkeypatch):
         line.plugged = True
         run.log_metrics({"x": 2}, step=2)
         assert not run._outbox.journal.exists()
-    history = tracking.connect().get_metric_history(run.run_id, "x")
+    history = store.connect().get_metric_history(run.run_id, "x")
     assert [m.value for m in history] == [1, 2]
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_two_threads_lose_nothing_in_outages(monkeypatch):
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0)
     steps = range(40)
@@ -211,18 +215,18 @@ def test_two_threads_lose_nothing_in_outages(monkeypatch):
         line.plugged = True
         for thread in threads:
             thread.join()
-    client = tracking.connect()
+    client = store.connect()
     for key in "ab":
         assert [m.step for m in client.get_metric_history(run.run_id, key)] == list(steps)
 
 
-def test_neither_store_nor_disk(store, capsys):
+def test_neither_store_nor_disk(runs_folder, capsys):
     with tracked() as run:
         run.checkpoint_dir.mkdir(parents=True)
         (run.checkpoint_dir / "last.ckpt").write_text("weights")
         run._outbox.client = Unreliable(run._outbox.client)
         run._outbox.client.plugged = False
-        (store / "unsent").write_text("a file where the folder should be")
+        (runs_folder / "unsent").write_text("a file where the folder should be")
         run.log_metrics({"x": 1}, 0)
         run.log_metrics({"x": 2}, 1)
     assert capsys.readouterr().err.count("metrics lost, cannot be kept") == 1
@@ -232,12 +236,12 @@ def test_neither_store_nor_disk(store, capsys):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "file")
+    monkeypatch.setattr(store, "MLRUNS", tmp_path / "file")
     with pytest.raises(UserError, match="file: cannot be written"):
-        tracking.connect()
+        store.connect()
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 @pytest.mark.parametrize(
     "uri",
     [
@@ -255,7 +259,7 @@ def test_a_store_that_cannot_be_used(uri, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     start = time.monotonic()
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: ") as caught:
-        tracking.connect()
+        store.connect()
     assert time.monotonic() - start < 4
     assert uri in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -263,10 +267,10 @@ def test_a_store_that_cannot_be_used(uri, tmp_path, monkeypatch):
 
 def test_a_uri_that_ends_in_a_slash(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
-    assert tracking.tracking_uri() == "http://host:5000"
+    assert store.tracking_uri() == "http://host:5000"
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("runs_folder")
 def test_ui_refuses_a_port_that_it_cannot_have():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -279,11 +283,11 @@ def test_ui_refuses_a_port_that_it_cannot_have():
 
 
 @pytest.mark.slow
-def test_ui_takes_its_server_along(store):
+def test_ui_takes_its_server_along(runs_folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "PIPELINE_MLRUNS": str(store)}
+    env = {**os.environ, "PIPELINE_MLRUNS": str(runs_folder)}
     command = [sys.executable, "-m", "pipeline.ui", f"port={port}"]
     shown = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert shown.stdout.readline().startswith(f"http://127.0.0.1:{port}/#/experiments/")
@@ -307,8 +311,8 @@ def wait_for_health(uri: str) -> None:
 
 def test_two_processes_make_the_database_at_once(tmp_path):
     code = (
-        "from pipeline import tracking\n"
-        "with tracking.tracked_run('e', 'n', {}, {}, None) as run: run.log_metrics({'x': 1}, 0)"
+        "from pipeline.tracking.run import tracked_run\n"
+        "with tracked_run('e', 'n', {}, {}, None) as run: run.log_metrics({'x': 1}, 0)"
     )
     env = {**os.environ, "PIPELINE_MLRUNS": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
     both = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
@@ -334,7 +338,7 @@ def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
         return server
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(tracking, "MLRUNS", tmp_path / "mlruns")
+    monkeypatch.setattr(store, "MLRUNS", tmp_path / "mlruns")
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 1)
     server = serve()
     try:
@@ -350,7 +354,7 @@ def test_a_real_server_dies_and_comes_back(tmp_path, monkeypatch, capsys):
             server = serve()
             time.sleep(1)
         assert said.out + capsys.readouterr().out == ""  # MLflow would advertise its links here
-        client = tracking.connect()
+        client = store.connect()
         assert [m.value for m in client.get_metric_history(run.run_id, "x")] == [0, 1]
         assert client.get_run(run.run_id).info.status == "FINISHED"
         config = client.download_artifacts(run.run_id, "config.yaml")

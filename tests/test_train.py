@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import evaluate, tracking, train
+from pipeline import evaluate, train
 from pipeline.compose import compose_config
 from pipeline.errors import UserError
+from pipeline.tracking import store
 from tests.conftest import stored_table
 
-pytestmark = pytest.mark.usefixtures("store")
+pytestmark = pytest.mark.usefixtures("runs_folder")
 REPO = Path(__file__).resolve().parents[1]
 SMALL = [
     "data.n_train=30",
@@ -38,12 +39,12 @@ def run_train(*overrides: str) -> dict:
 
 
 def weights(run_id: str, which: str) -> dict:
-    return torch.load(tracking.find_checkpoint(run_id, which), weights_only=True)["state_dict"]
+    return torch.load(store.find_checkpoint(run_id, which), weights_only=True)["state_dict"]
 
 
 def test_a_run_leaves_what_a_user_needs(capsys):
     result = run_train("also_test=[digits]", "learner=maml", "data.meta_batch_size=2")
-    client = tracking.connect()
+    client = store.connect()
     run = client.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "MAML glyphs"
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_a_user_needs(capsys):
     out = capsys.readouterr().out
     assert "transductive" in out
     assert "step 20/20" in out
-    assert not list((tracking.MLRUNS / "checkpoints").glob("*/*.ckpt"))  # uploaded, so not twice
+    assert not list((store.MLRUNS / "checkpoints").glob("*/*.ckpt"))  # uploaded, so not twice
 
 
 def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data():
@@ -84,22 +85,22 @@ def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data()
     overrides += ["+data=digits", "k_shot=3", "episodes=10", "n_way=4"]
     other = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert 0 < other["test/digits_4w3s/acc"] <= 1
-    metrics = tracking.connect().get_run(result["run_id"]).data.metrics
+    metrics = store.connect().get_run(result["run_id"]).data.metrics
     assert metrics["test/digits_4w3s/acc"] == pytest.approx(other["test/digits_4w3s/acc"])
-    assert tracking.connect().get_run(result["run_id"]).info.status == "FINISHED"
+    assert store.connect().get_run(result["run_id"]).info.status == "FINISHED"
 
 
 def test_best_and_not_last_checkpoint_is_tested():
     result = run_train("trainer.max_steps=40", "data.batches_per_epoch=5", "data.val_episodes=3")
-    history = tracking.connect().get_metric_history(result["run_id"], "val/acc")
+    history = store.connect().get_metric_history(result["run_id"], "val/acc")
     best = max(history, key=lambda m: (m.value, -m.step))
-    checkpoint = tracking.find_checkpoint(result["run_id"], "best")
+    checkpoint = store.find_checkpoint(result["run_id"], "best")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step + 1  # steps done
 
 
 def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):
     result = run_train()
-    path = tracking.find_checkpoint(result["run_id"], "best")
+    path = store.find_checkpoint(result["run_id"], "best")
     overrides = [f"checkpoint={path}"]
     again = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert again["test/acc"] == result["test/acc"]
@@ -156,11 +157,11 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     whole = train.run(compose_config("train", common), common)
 
     # as many threads as here: sums in another order differ in the last bit
-    env = {**os.environ, "PIPELINE_MLRUNS": str(tracking.MLRUNS), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PIPELINE_MLRUNS": str(store.MLRUNS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pipeline.train", *common]
     child = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (found := list((tracking.MLRUNS / "checkpoints").glob("*/last.ckpt"))):
+    while not (found := list((store.MLRUNS / "checkpoints").glob("*/last.ckpt"))):
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -169,12 +170,12 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     run_id = found[0].parent.name
     stopped_at = torch.load(found[0], weights_only=True)["global_step"]
     assert 0 < stopped_at < 40
-    assert tracking.connect().get_run(run_id).info.status == "RUNNING"  # nobody could say otherwise
+    assert store.connect().get_run(run_id).info.status == "RUNNING"  # nobody could say otherwise
 
     overrides = [f"resume={run_id}"]
     resumed = train.run(compose_config("train", overrides), overrides)
     assert resumed["run_id"] == run_id
-    assert tracking.connect().get_run(run_id).info.status == "FINISHED"
+    assert store.connect().get_run(run_id).info.status == "FINISHED"
     expected, actual = weights(whole["run_id"], "last"), weights(run_id, "last")
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -196,7 +197,7 @@ def test_failed_and_interrupted_runs_are_closed_as_such(monkeypatch):
         monkeypatch.setattr(ProtoNet, "training_step", fail)
         with pytest.raises(expected):
             run_train()
-        client = tracking.connect()
+        client = store.connect()
         experiments = [e.experiment_id for e in client.search_experiments()]
         assert client.search_runs(experiments, max_results=1)[0].info.status == status
 
@@ -208,6 +209,6 @@ def test_bad_data_is_reported_before_a_run_is_made():
     assert "data.n_way: 9 classes a task, but split 'val' has 8" in str(error.value)
     with pytest.raises(UserError, match=r"test set glyphs: k_shot \+ n_query: 50 \+ 15"):
         run_train("test_k_shot=[50]")
-    assert not (tracking.MLRUNS / "mlflow.db").stat().st_size or not tracking.connect().search_runs(
-        [e.experiment_id for e in tracking.connect().search_experiments()]
+    assert not (store.MLRUNS / "mlflow.db").stat().st_size or not store.connect().search_runs(
+        [e.experiment_id for e in store.connect().search_experiments()]
     )
