@@ -31,7 +31,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     from pipeline import checkpoints, config, reporting
     from pipeline.learners.gradient import GradientLearner
-    from pipeline.scoreboard import make_test_sets
+    from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.tracking.run import NoRun, existing_run
     from pipeline.tracking.store import find_checkpoint
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     changes = {k: cfg[k] for k in ("n_way", "n_query") if cfg[k] is not None}
     if cfg.episodes is not None:
         changes["test_episodes"] = cfg.episodes
-    trained.also_test = cfg.also_test
+    others = other_sources(cfg.also_test)
     shots = trained.test_k_shot if cfg.k_shot is None else cfg.k_shot
     shots = [shots] if isinstance(shots, int) else list(shots)
 
@@ -60,7 +60,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     )
     config.check(trained)
     data = config.build_data(trained.data)
-    sets = make_test_sets(trained, data, shots)
+    sets = make_test_sets(trained, data, others, shots)
     with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
         return reporting.test_and_report(tracked, learner, sets, trained.published)
 

@@ -50,37 +50,45 @@ class Result(NamedTuple):
     scores: Scores
 
 
-def other_data(
-    cfg: DictConfig, spec: str | Mapping[str, Any], like: EpisodicDataModule
-) -> EpisodicDataModule:
-    """Another data set, adapted in channels, size and standardisation to the one trained on.
+def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConfig]:
+    """The `data` node of every further test set, checked before anything is loaded.
 
     Args:
-        spec: a name in conf/data, or {"data": NAME, KEY: VALUE, ...} to set its keys too.
+        also_test: names in conf/data, or {"data": NAME, KEY: VALUE, ...} to set its keys too.
 
     Raises:
-        UserError: for a name or a key that does not exist.
+        UserError: for names and keys that do not exist.
     """
-    given = {"data": spec} if isinstance(spec, str) else dict(spec)
-    overrides = [f"{k if k == 'data' else f'data.{k}'}={v}" for k, v in given.items()]
-    try:
-        other = compose_config("train", overrides)
-        config.check(other)
-    except UserError as error:
-        raise UserError(f"also_test: {error}") from error
-    node = config.with_source(cfg.data, other.data, image_shape=list(like.image_shape))
-    return config.build_data(node)
+    nodes, problems = [], []
+    for spec in also_test:
+        given = {"data": spec} if isinstance(spec, str) else dict(spec)
+        overrides = [f"{k if k == 'data' else f'data.{k}'}={v}" for k, v in given.items()]
+        try:
+            other = compose_config("train", overrides)
+            config.check(other)
+            nodes.append(other.data)
+        except UserError as error:
+            problems += [f"also_test: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join(problems))
+    return nodes
 
 
 def make_test_sets(
-    cfg: DictConfig, data: EpisodicDataModule, k_shots: Sequence[int]
+    cfg: DictConfig, data: EpisodicDataModule, others: Sequence[DictConfig], k_shots: Sequence[int]
 ) -> list[FixedEpisodes]:
-    """The test split of the data set and of every `also_test` set, at each number of shots.
+    """The test split of the data set and of every other one, at each number of shots.
+
+    Args:
+        others: from `other_sources`; their images are adapted in channels, size and
+            standardisation to those of `data`.
 
     Raises:
         UserError: naming every set that cannot fill the episodes asked for.
     """
-    sources = [data, *(other_data(cfg, spec, data) for spec in cfg.also_test)]
+    shape = list(data.image_shape)
+    nodes = [config.with_source(cfg.data, other, image_shape=shape) for other in others]
+    sources = [data, *map(config.build_data, nodes)]
     sets, problems = [], []
     for source in sources:
         for k_shot in k_shots:

@@ -33,7 +33,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     import pytorch_lightning as pl
 
     from pipeline import checkpoints, config, reporting
-    from pipeline.scoreboard import make_test_sets
+    from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.tracking.run import tracked_run
     from pipeline.tracking.store import find_checkpoint
 
@@ -42,9 +42,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         cfg = checkpoints.restore_config(find_checkpoint(resume, "last"), overrides)
     config.check(cfg)
     options = config.build_trainer_options(cfg)
+    others = other_sources(cfg.also_test)
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
-    sets = make_test_sets(cfg, data, cfg.test_k_shot)
+    sets = make_test_sets(cfg, data, others, cfg.test_k_shot)
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape)
 

@@ -86,7 +86,10 @@ def test_help_imports_nothing_heavy():
             "pipeline.train data=image_folder data.root=/no/such",
             ["/no/such"],
         ),
-        ("pipeline.train also_test=[nonsense]", ["also_test: data=nonsense: no such option"]),
+        (
+            "pipeline.train also_test=[nonsense,digits,rubbish]",
+            ["also_test: data=nonsense: no such option", "also_test: data=rubbish: no such option"],
+        ),
         ("pipeline.train resume=nonsense", ["run: no run 'nonsense'"]),
         ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
         ("pipeline.evaluate checkpoint=none.ckpt", ["checkpoint: no file none.ckpt"]),
