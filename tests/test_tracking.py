@@ -1,5 +1,6 @@
 """Tracking: what arrives, how runs are closed, and what happens when the store goes away."""
 
+import json
 import os
 import signal
 import socket
@@ -176,6 +177,48 @@ def test_a_lost_store_costs_nothing(runs_folder, capsys, monkeypatch, tmp_path):
     assert Path(figure).read_text() == "before"
     assert stored_table(client, run.run_id)["x"].tolist() == [1]
     assert not list((runs_folder / "unsent").iterdir())
+
+
+def test_what_a_kill_cut_off_does_not_hold_up_the_rest(runs_folder, monkeypatch, capsys):
+    with tracked() as run:
+        run._outbox.client = Unreliable(run._outbox.client)
+        run._outbox.client.plugged = False
+        run.log_metrics({"x": 1}, step=1)
+        run.log_metrics({"x": 2}, step=2)
+    kept = run._outbox.journal
+    head, first, second, _status = kept.read_text().splitlines()
+    refused = json.dumps({"kind": "metrics", "values": {"a:?b": 1.0}, "time": 1, "step": 0})
+    kept.write_text("\n".join([head, first, refused, second, second[: len(second) // 2]]))
+    empty = kept.with_name("0123456789abcdef.jsonl")
+    empty.write_text("")
+    monkeypatch.setattr(outbox, "_alive", lambda pid: False)
+    capsys.readouterr()
+    with tracked():
+        pass
+    said = capsys.readouterr().err
+    assert "MLflow refused kept metrics (Invalid" in said
+    assert f"sent 2 kept records of run {run.run_id}" in said
+    history = store.connect().get_metric_history(run.run_id, "x")
+    assert [m.value for m in history] == [1, 2]
+    assert not list((runs_folder / "unsent").iterdir())
+
+
+def test_a_resumed_run_takes_its_journal_over(runs_folder, capsys):
+    with tracked() as run:
+        run._outbox.client = Unreliable(run._outbox.client)
+        run._outbox.client.plugged = False
+        run.log_metrics({"x": 1}, step=1)
+    with run._outbox.journal.open("a") as file:
+        file.write('{"kind": "metr')  # killed here
+    line = Unreliable(store.connect())
+    line.plugged = False
+    box = outbox.Outbox(line, run.run_id, store.tracking_uri(), runs_folder / "unsent")
+    box.send({"kind": "metrics", "values": {"x": 2.0}, "time": 2, "step": 2})
+    line.plugged = True
+    box.send({"kind": "status", "status": "FINISHED", "time": 3}, now=True)
+    assert "sent 3 kept records" in capsys.readouterr().err  # the first, its closing, the second
+    history = store.connect().get_metric_history(run.run_id, "x")
+    assert {m.value for m in history} == {1, 2}
 
 
 @pytest.mark.usefixtures("runs_folder")

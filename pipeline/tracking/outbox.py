@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ _OUR_MISTAKE = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 class Outbox:
     """In-order delivery for one run: what cannot be sent now is sent later, nothing is lost.
 
-    Kept records lie in `FOLDER/RUN_ID.jsonl`, kept files in `FOLDER/RUN_ID/`.
+    Kept records lie in `FOLDER/RUN_ID.jsonl`, kept files in `FOLDER/RUN_ID/`. The first line of a
+    journal says whose it is.
     """
 
     def __init__(self, client: "MlflowClient", run_id: str, uri: str, folder: Path) -> None:
@@ -29,7 +31,10 @@ class Outbox:
         self.journal = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
         self._next_try = 0.0
+        self._head = {"uri": uri, "pid": os.getpid(), "host": socket.gethostname()}
         self._away = self.journal.exists()
+        if self._away:  # of the run that this process resumes: now it is ours
+            _write(self.journal, [self._head, *_read(self.journal)[1]])
 
     def send(self, record: Record, now: bool = False) -> None:
         """Deliver a record after all that were kept, or keep it.
@@ -43,13 +48,12 @@ class Outbox:
             self._deliver_kept()
             perform(self.client, self.run_id, record)
         except Exception as error:  # tracking must not stop training, whatever the store raises
-            if getattr(error, "error_code", None) in _OUR_MISTAKE:
+            if _refused(error):
                 raise
             if not self._away:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 print(
-                    f"tracking: {self.uri} does not answer ({reason}); training goes on, what is "
-                    f"not sent is kept in {self.journal.parent}",
+                    f"tracking: {self.uri} does not answer ({_reason(error)}); training goes on, "
+                    f"what is not sent is kept in {self.journal.parent}",
                     file=sys.stderr,
                 )
             self._away, self._next_try = True, time.monotonic() + RETRY_SECONDS
@@ -69,43 +73,69 @@ class Outbox:
             kept.parent.mkdir(parents=True)
             shutil.copy2(record["path"], kept)
             record = record | {"path": str(kept)}
-        head = {
-            "uri": self.uri,
-            "run_id": self.run_id,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-        }
-        new = not self.journal.exists()
         with self.journal.open("a") as file:
-            file.writelines(json.dumps(r) + "\n" for r in ([head] if new else []) + [record])
+            lines = [record] if file.tell() else [self._head, record]
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
     """Send what a journal holds, in order, and remove it; says so in a line."""
-    head, *records = [json.loads(line) for line in journal.read_text().splitlines()]
+    run_id = journal.stem
+    head, records = _read(journal)
+    refused = 0
     for i, record in enumerate(records):
         try:
-            perform(client, head["run_id"], record)
-        except BaseException:  # Ctrl-C too
-            rest = [head, *records[i:]]  # what was sent must not be sent twice
-            journal.write_text("".join(json.dumps(r) + "\n" for r in rest))
+            perform(client, run_id, record)
+        except BaseException as error:  # Ctrl-C too
+            if _refused(error):  # and would be the next time: the rest must not wait for it
+                refused += 1
+                yield f"tracking: MLflow refused kept {record['kind']} ({_reason(error)})"
+                continue
+            _write(journal, [head, *records[i:]])  # what was sent must not be sent twice
             raise
     journal.unlink()
     shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
-    yield f"tracking: sent {len(records)} kept records of run {head['run_id']}"
+    yield f"tracking: sent {len(records) - refused} kept records of run {run_id}"
 
 
 def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
     """Send what earlier runs on the same store had to keep; leaves those of living processes."""
     for journal in sorted(folder.glob("*.jsonl")):
-        head = json.loads(journal.read_text().partition("\n")[0])
-        if head["uri"] != uri or (head["host"] == socket.gethostname() and _alive(head["pid"])):
+        head, _ = _read(journal)
+        if head.get("uri", uri) != uri:
+            continue
+        if head.get("host") == socket.gethostname() and _alive(head["pid"]):
             continue
         try:
             for line in deliver(client, journal):
                 print(line, file=sys.stderr)
         except Exception as error:  # still away, or the run is gone: keep it for the next time
-            print(f"tracking: {journal} could not be sent ({error})", file=sys.stderr)
+            print(f"tracking: {journal} could not be sent ({_reason(error)})", file=sys.stderr)
+
+
+def _read(journal: Path) -> tuple[Record, list[Record]]:
+    """The head and the records; without what a kill cut off in the middle of a line."""
+    lines = []
+    for text in journal.read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    head = lines[0] if lines and "kind" not in lines[0] else {}
+    return head, [line for line in lines if "kind" in line]
+
+
+def _write(journal: Path, lines: list[Record]) -> None:
+    whole = journal.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole.replace(journal)
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the store answers and does not want this record."""
+    return getattr(error, "error_code", None) in _OUR_MISTAKE
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _alive(pid: int) -> bool:
