@@ -39,14 +39,21 @@ def help_text(name: str) -> str:
 
 
 def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose; if an override does not fit, report what is wrong with the values of others too."""
+    """Compose; if an override does not fit, report what is wrong with the values of others too.
+
+    A run that is resumed has its own configuration, to which it applies the overrides itself.
+    """
+    resume = [o for o in overrides if o.startswith("resume=") and o != "resume=null"]
+    if resume:
+        return compose_config(name, resume)
     try:
         return compose_config(name, overrides)
     except OverrideError as error:
         from pipeline import config
 
+        fitting = compose_config(name, error.fitting)
         try:
-            config.check(compose_config(name, error.fitting))
+            (config.check if "trainer" in fitting else config.check_root)(fitting)
         except UserError as more:
             raise UserError(f"{error}\n{more}") from error
         raise

@@ -4,31 +4,57 @@ The signature is the schema: every `_target_` node is checked against the annota
 names before anything is built, and all problems are reported together.
 """
 
-import functools
-import inspect
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import hydra
 import pytorch_lightning as pl
+from annotated_types import Ge, Lt, MinLen
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pydantic import (
-    ConfigDict,
-    PydanticSchemaGenerationError,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,  # which it takes from lightning_fabric
 )
 
+from pipeline.annotations import PositiveInt, Ways
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
+from pipeline.signature import parameters, plain, value_problem
 
 _BUILT_IN = {"backbone", "in_channels", "image_size", "source", "n_way", "params", "cache_dir"}
 """Arguments that `build_*` or a partial application gives, so that no YAML has to."""
+
+_ROOT: dict[str, Any] = {
+    "seed": Annotated[int, Ge(0), Lt(2**32)],
+    "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
+    "also_test": list[str | dict[str, Any]],
+    "published": list[dict[str, Any]],
+    "experiment_name": Annotated[str, MinLen(1)],
+    "run_name": str | None,
+    "resume": str | None,
+    "run": str | None,
+    "checkpoint": str | None,
+    "n_way": Ways | None,
+    "k_shot": PositiveInt | Annotated[list[PositiveInt], MinLen(1)] | None,
+    "n_query": PositiveInt | None,
+    "episodes": PositiveInt | None,
+}
+"""Keys of train.yaml and evaluate.yaml that belong to no group."""
+
+_RESERVED = {"logger", "callbacks", "max_epochs", "enable_progress_bar", "enable_checkpointing",
+             "enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps",
+             "default_root_dir", "fast_dev_run", "inference_mode"}  # fmt: skip
+"""Arguments of Trainer that the commands set themselves."""
+
+_NARROWER: dict[str, Any] = {
+    "max_steps": PositiveInt,
+    "accumulate_grad_batches": PositiveInt,
+    "precision": Literal["32-true", "16-mixed", "bf16-mixed"],  # parameters stay float32
+}
+"""What these arguments of Trainer may be here."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -37,44 +63,41 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: one line for each problem, naming key, value found and what is allowed.
     """
-    missing = [f"{key}: needs a value (none is given)" for key in OmegaConf.missing_keys(cfg)]
-    if missing:
-        raise UserError("\n".join(sorted(missing)))
-    problems = list(_node_problems(cfg, ""))
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    problems = [f"{key}: needs a value (none is given)" for key in missing]
+    problems += _node_problems(cfg, "")
+    problems += [*_root_problems(cfg), *_trainer_problems(cfg.trainer)]
     if not problems:
         problems = list(_cross_field_problems(cfg))
     if problems:
         raise UserError("\n".join(problems))
 
 
+def check_root(cfg: DictConfig) -> None:
+    """Check the keys that belong to no group.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    if problems := list(_root_problems(cfg)):
+        raise UserError("\n".join(problems))
+
+
+def _root_problems(cfg: DictConfig) -> Iterator[str]:
+    for key, annotation in _ROOT.items():
+        if key in cfg and (problem := value_problem(cfg[key], annotation)):
+            yield f"{key}: found {plain(cfg[key])!r}; {problem}"
+
+
 def _node_problems(node: Any, path: str) -> Iterator[str]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield from _signature_problems(node, path)
-        for key in node:
+        for key in (k for k in node if not OmegaConf.is_missing(node, k)):
             yield from _node_problems(node[key], f"{path}.{key!s}" if path else str(key))
     elif isinstance(node, ListConfig):
         for i, item in enumerate(node):
             yield from _node_problems(item, f"{path}[{i}]")
-
-
-def _parameters(target: Any) -> dict[str, inspect.Parameter]:
-    hints = _hints(target)
-    return {
-        name: p.replace(annotation=hints.get(name, inspect.Parameter.empty))
-        for name, p in inspect.signature(target).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    try:
-        function = target.__init__ if inspect.isclass(target) else target
-        if hasattr(target, "__dataclass_fields__"):
-            function = target
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # forward references of other libraries
-        return {}
 
 
 def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
@@ -83,61 +106,34 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
     except Exception as error:  # whatever an import of the user's own module raises
         yield f"{path}._target_: {node._target_!r} cannot be imported ({_first_line(error)})"
         return
-    known = _parameters(target)
+    known = parameters(target)
     if path == "data":  # an image source and the episodes drawn from it share one flat node
-        known = _parameters(EpisodicDataModule) | known
-    given = {str(k): node[k] for k in node if not str(k).startswith("_")}
-    for key, value in given.items():
+        known = parameters(EpisodicDataModule) | known
+    given = [str(k) for k in node if not str(k).startswith("_")]
+    for key in given:
+        if OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
         if key not in known:
             allowed = ", ".join(sorted(set(known) - _BUILT_IN))
             yield f"{path}.{key}: unknown key; allowed are {allowed}"
         elif OmegaConf.is_interpolation(node, key):
             continue  # what it points to is checked where it stands
-        elif problem := _value_problem(value, known[key].annotation):
-            yield f"{path}.{key}: found {_plain(value)!r}; {problem}"
+        elif problem := value_problem(value, known[key].annotation):
+            yield f"{path}.{key}: found {plain(value)!r}; {problem}"
     for key, parameter in known.items():
         needed = parameter.default is parameter.empty and key not in _BUILT_IN
         if needed and key not in given and not node.get("_partial_"):
             yield f"{path}.{key}: needs a value (none is given)"
 
 
-def _value_problem(value: Any, annotation: Any) -> str | None:
-    if annotation is inspect.Parameter.empty or (
-        isinstance(value, DictConfig) and "_target_" in value
-    ):
-        return None
-    plain = _plain(value)
-    try:
-        adapter = _adapter(annotation)
-    except (PydanticSchemaGenerationError, PydanticUserError, NameError, TypeError):
-        return None  # an annotation of another library that says nothing checkable
-    try:
-        parsed = adapter.validate_python(plain)
-    except ValidationError as error:
-        return " or ".join(dict.fromkeys(e["msg"] for e in error.errors()))
-    if isinstance(plain, bool | str) and type(parsed) is not type(plain):
-        return f"should be {getattr(annotation, '__name__', annotation)}"  # no silent conversion
-    return None
-
-
-@functools.cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
 def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
-    if "learner" not in cfg or "data" not in cfg:
-        return
     learner = hydra.utils.get_class(cfg.learner._target_)
     if issubclass(learner, GradientLearner):
         ways = cfg.data.train_n_way
         if ways != cfg.data.n_way:
             yield (
-                f"data.train_n_way: found {_plain(ways)}, but the head of {learner.__name__} has "
+                f"data.train_n_way: found {plain(ways)}, but the head of {learner.__name__} has "
                 f"data.n_way={cfg.data.n_way} outputs; both must be the same number"
             )
     optimizer = cfg.learner.get("optimizer")
@@ -145,12 +141,41 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
         yield f"learner.optimizer.lr: found {optimizer.lr}; must be greater than 0"
     for name in ("mean", "std"):
         if len(cfg.data[name]) not in (1, 3):
-            yield f"data.{name}: found {_plain(cfg.data[name])}; give one number or one a channel"
+            yield f"data.{name}: found {plain(cfg.data[name])}; give one number or one a channel"
+    if cfg.data.image_shape and cfg.data.image_shape[0] not in (1, 3):
+        yield f"data.image_shape: found {plain(cfg.data.image_shape)}; channels are 1 or 3"
+    batches, accumulated = cfg.data.batches_per_epoch, cfg.trainer.accumulate_grad_batches
+    steps, odd = batches // accumulated, batches % accumulated
+    if odd:
+        yield (
+            f"data.batches_per_epoch: found {batches}; must be a multiple of "
+            f"trainer.accumulate_grad_batches={accumulated}"
+        )
+    elif cfg.trainer.max_steps > steps and cfg.trainer.max_steps % steps:
+        yield (
+            f"trainer.max_steps: found {cfg.trainer.max_steps}; must be a multiple of the "
+            f"{steps} steps between validations (data.batches_per_epoch), or fewer"
+        )
+
+
+def _trainer_problems(trainer: DictConfig) -> Iterator[str]:
+    known = {k: p.annotation for k, p in parameters(pl.Trainer).items() if k not in _RESERVED}
+    known |= _NARROWER
+    for name, value in trainer.items():
+        key = str(name)
+        if key in _RESERVED:
+            yield f"trainer.{key}: is set by the pipeline"
+        elif key not in known:
+            yield f"trainer.{key}: unknown key; allowed are {', '.join(known)}"
+        elif problem := value_problem(value, known[key]):
+            yield f"trainer.{key}: found {plain(value)!r}; {problem}"
+    for key in sorted(_NARROWER.keys() - trainer.keys()):
+        yield f"trainer.{key}: needs a value (none is given)"
 
 
 def build_data(data: DictConfig) -> EpisodicDataModule:
     """The data module of a checked `data` node: an image source and the episodes drawn from it."""
-    episodic = {k: data[k] for k in data if k in _parameters(EpisodicDataModule)}
+    episodic = {k: data[k] for k in data if k in parameters(EpisodicDataModule)}
     source = {k: data[k] for k in data if k not in episodic}
     parts = _instantiate(OmegaConf.create(episodic))
     return EpisodicDataModule(_instantiate(source), **parts)
@@ -158,24 +183,32 @@ def build_data(data: DictConfig) -> EpisodicDataModule:
 
 def with_source(data: DictConfig, other: DictConfig, **changes: Any) -> DictConfig:
     """The images of `other` under the episodic settings of `data`."""
-    episodic = _parameters(EpisodicDataModule)
+    episodic = parameters(EpisodicDataModule)
     kept = {k: data[k] for k in data if k in episodic}
     return OmegaConf.create(kept | {k: other[k] for k in other if k not in episodic} | changes)
 
 
-def build_learner(cfg: DictConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
-    """The learner of a checked configuration, with its backbone made for (C, H, W) images."""
+def build_learner(
+    cfg: DictConfig, image_shape: tuple[int, int, int], pretrained: bool = True
+) -> MetaLearner:
+    """The learner of a checked configuration, with its backbone made for (C, H, W) images.
+
+    Args:
+        pretrained: false if a checkpoint follows: weights that it replaces are not fetched.
+    """
     learner = hydra.utils.get_class(cfg.learner._target_)
     supplied: dict[str, Any] = {}
-    wanted = _parameters(learner)
+    wanted = parameters(learner)
     if "backbone" in wanted:
         channels, height, width = image_shape
         if height != width:
             raise UserError(f"data.image_shape: images must be square, found {height}x{width}")
-        has = _parameters(hydra.utils.get_object(cfg.backbone._target_))
-        sizes = {"in_channels": channels, "image_size": height}
+        has = parameters(hydra.utils.get_object(cfg.backbone._target_))
+        given: dict[str, Any] = {"in_channels": channels, "image_size": height}
+        if not pretrained:
+            given["weights"] = None
         supplied["backbone"] = _instantiate(
-            cfg.backbone, **{k: v for k, v in sizes.items() if k in has}
+            cfg.backbone, **{k: v for k, v in given.items() if k in has}
         )
     if "n_way" in wanted:
         supplied["n_way"] = cfg.data.n_way
@@ -183,16 +216,16 @@ def build_learner(cfg: DictConfig, image_shape: tuple[int, int, int]) -> MetaLea
 
 
 def build_trainer_options(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of `pytorch_lightning.Trainer` from the trainer group, checked by name.
+    """Arguments of `pytorch_lightning.Trainer` from the checked trainer group.
 
     Raises:
-        UserError: naming the first key that Trainer does not have.
+        UserError: if a Trainer cannot be made of them here (a GPU is asked for and there is none).
     """
     options = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.trainer, resolve=True))
-    allowed = inspect.signature(pl.Trainer).parameters
-    for key in options:
-        if key not in allowed:
-            raise UserError(f"trainer.{key}: unknown key; allowed are {', '.join(allowed)}")
+    try:
+        pl.Trainer(**options, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     return options
 
 

@@ -78,6 +78,25 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
             ["learner=maml", "data.train_n_way=7"],
             ["data.train_n_way: found 7, but the head of Maml"],
         ),
+        (["+trainer.max_stepss=3"], ["trainer.max_stepss: unknown key; allowed are accelerator"]),
+        (["+trainer.max_epochs=3"], ["trainer.max_epochs: is set by the pipeline"]),
+        (["trainer.max_steps=abc"], ["trainer.max_steps: found 'abc'"]),
+        (
+            ["trainer.max_steps=250"],
+            ["trainer.max_steps: found 250; must be a multiple of the 200"],
+        ),
+        (["trainer.accumulate_grad_batches=3"], ["data.batches_per_epoch: found 200; must be a"]),
+        (
+            ["trainer.precision=64-true"],
+            ["trainer.precision: found '64-true'; Input should be '32-"],
+        ),
+        (["test_k_shot=5"], ["test_k_shot: found 5; Input should be a valid list"]),
+        (["test_k_shot=[0]"], ["test_k_shot: found [0]; Input should be greater than or equal"]),
+        (["seed=-1"], ["seed: found -1"]),
+        (["also_test=digits"], ["also_test: found 'digits'; Input should be a valid list"]),
+        (["data.n_way=5.0"], ["data.n_way: found 5.0"]),
+        (["data.image_shape=[2,28,28]"], ["data.image_shape: found [2, 28, 28]; channels are"]),
+        (["data=image_folder", "data.n_way=five"], ["data.n_way: ", "data.root: needs a value"]),
         (
             ["data.n_way=five", "backbone.norm=layer", "backbone.width=0"],
             ["backbone.norm: ", "backbone.width: ", "data.n_way: "],
@@ -93,11 +112,10 @@ def test_bad_values_are_all_named(overrides, lines):
         assert line.startswith(start)
 
 
-def test_trainer_keys_are_lightnings():
-    cfg = compose_config("train", ["+trainer.max_stepss=3"])
-    with pytest.raises(
-        UserError, match=r"trainer\.max_stepss: unknown key; allowed are .*max_steps"
-    ):
+def test_a_device_that_is_not_there():
+    cfg = compose_config("train", ["trainer.accelerator=tpu"])
+    config.check(cfg)
+    with pytest.raises(UserError, match=r"trainer: .*torch_xla"):
         config.build_trainer_options(cfg)
 
 

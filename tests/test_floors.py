@@ -11,7 +11,7 @@ FLOORS = {
     1: ["backbones", "metrics", "figures", "data.pool", "data.episodes", "data.transforms"],
     2: ["data.datamodule"],
     3: ["learners.*", "progress"],
-    4: ["compose", "config", "checkpoints", "scoreboard", "reporting", "tracking.*"],
+    4: ["compose", "signature", "config", "checkpoints", "scoreboard", "reporting", "tracking.*"],
     5: ["train", "evaluate", "ui", "cli", "__main__"],
 }
 ALLOWED = {  # library -> the floors or modules that may import it
