@@ -15,7 +15,7 @@ from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.evaluation import Scorer
 from tests.conftest import blob_data
 
-LEARNERS = sorted(p.stem for p in Path(__file__).parents[1].glob("conf/learner/*.yaml"))
+CONF = {p.stem: p for p in sorted(Path(__file__).parents[1].glob("conf/learner/*.yaml"))}
 SHAPE = (1, 10, 10)
 
 
@@ -43,7 +43,7 @@ def trainable(learner: MetaLearner) -> bool:
     return any(p.requires_grad for p in learner.parameters())
 
 
-@pytest.fixture(params=LEARNERS)
+@pytest.fixture(params=CONF)
 def learner(request: pytest.FixtureRequest) -> MetaLearner:
     return build(request.param)
 
@@ -177,10 +177,10 @@ def test_embedding_once_equals_adapting_episode_by_episode(learner):
             assert (right == once.correct[index]).all()
 
 
-def test_the_protocol_is_said(learner):
-    assert learner.protocol == (
-        "inductive" if isinstance(learner, EmbeddingLearner) else "transductive"
-    )
-    if not isinstance(learner, EmbeddingLearner):
-        name = {"Maml": "maml", "Reptile": "reptile"}[type(learner).__name__]
-        assert build(name, "backbone.norm=group").protocol == "inductive"
+def test_the_protocol_is_that_of_the_norm(learner, request):
+    if not trainable(learner):
+        assert learner.protocol == "inductive"
+        return
+    name = request.node.callspec.params["learner"]
+    assert build(name, "backbone.norm=batch_stats").protocol == "transductive"
+    assert build(name, "backbone.norm=group").protocol == "inductive"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.annotations import NonNegativeInt, PositiveInt, ShotsRange, Ways, WaysRange
 from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Range
-from pipeline.data.pool import ImagePool, ImageSource
+from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
 from pipeline.episode import Episode
 from pipeline.errors import UserError
@@ -25,7 +24,8 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     Args:
         source: the data set.
-        n_way, k_shot, n_query: shape of validation and test episodes.
+        n_way, k_shot, n_query: shape of validation episodes; the test takes its own numbers of
+            shots (`scoreboard.make_test_sets`).
         train_n_way, train_k_shot, train_n_query: shape of training episodes; ranges vary it.
         meta_batch_size: tasks in a training step of one process.
         batches_per_epoch: training steps between two validations.
@@ -122,7 +122,12 @@ class EpisodicDataModule(pl.LightningDataModule):
             UserError: naming every split that cannot.
         """
         _ = self.pool  # missing or damaged data speaks for itself
-        problems = []
+        channels = self.image_shape[0]
+        problems = [
+            f"data.{name}: found {values}; the images have {channels} channel(s)"
+            for name, values in (("mean", self.mean), ("std", self.std))
+            if len(values) not in (1, channels)
+        ]
         for split in ("train", "val") if stage == "fit" else (stage.replace("validate", "val"),):
             try:
                 self._dataset(split)
@@ -160,7 +165,11 @@ class EpisodicDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Episode]:
         """Meta-batches of the endless training stream."""
         rank, world = self._world()
-        episodes = self.batches_per_epoch * self.meta_batch_size * world
+        batches_per_epoch = self.batches_per_epoch
+        if self.trainer and self.trainer.max_steps > 0:  # a short training is validated at its end
+            most = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+            batches_per_epoch = min(batches_per_epoch, most)
+        episodes = batches_per_epoch * self.meta_batch_size * world
         batches = EpisodeBatches(self.meta_batch_size, episodes, rank, world, self._seen)
         return self._loader("train", batches)
 
@@ -192,13 +201,12 @@ class EpisodicDataModule(pl.LightningDataModule):
         return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
 
 
-def refuse_overlap(splits: dict[str, Sequence[str]] | object) -> None:
+def refuse_overlap(splits: Splits) -> None:
     """Meta-learning is tested on classes never seen: no class may stand in two splits.
 
     Raises:
         UserError: naming the first class that does.
     """
-    assert isinstance(splits, dict)
     for (first, a), (second, b) in combinations(splits.items(), 2):
         shared = sorted(set(a) & set(b))
         if shared:
@@ -211,8 +219,3 @@ def refuse_overlap(splits: dict[str, Sequence[str]] | object) -> None:
 def _as_range(value: Range | Sequence[int]) -> Range:
     """YAML gives a range as a list."""
     return value if isinstance(value, int) else (value[0], value[1])
-
-
-def class_counts(pool: ImagePool, classes: Sequence[int]) -> np.ndarray:
-    """Number of images of each of `classes`."""
-    return np.bincount(pool.labels, minlength=len(pool.class_names))[list(classes)]
