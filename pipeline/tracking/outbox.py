@@ -30,7 +30,7 @@ class Outbox:
         self.client, self.run_id, self.uri = client, run_id, uri
         self.journal = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
-        self._next_try = 0.0
+        self._next_try, self._told = 0.0, set[str]()
         self._head = {"uri": uri, "pid": os.getpid(), "host": socket.gethostname()}
         self._away = self.journal.exists()
         if self._away:  # of the run that this process resumes: now it is ours
@@ -49,7 +49,10 @@ class Outbox:
             perform(self.client, self.run_id, record)
         except Exception as error:  # tracking must not stop training, whatever the store raises
             if _refused(error):
-                raise
+                if record["kind"] not in self._told:
+                    print(_refusal(record, error), file=sys.stderr)
+                    self._told.add(record["kind"])
+                return
             if not self._away:
                 print(
                     f"tracking: {self.uri} does not answer ({_reason(error)}); training goes on, "
@@ -79,7 +82,7 @@ class Outbox:
 
 
 def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
-    """Send what a journal holds, in order, and remove it; says so in a line."""
+    """Send what a journal holds, in order, and remove it; says so in a line if it held any."""
     run_id = journal.stem
     head, records = _read(journal)
     refused = 0
@@ -89,13 +92,14 @@ def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
         except BaseException as error:  # Ctrl-C too
             if _refused(error):  # and would be the next time: the rest must not wait for it
                 refused += 1
-                yield f"tracking: MLflow refused kept {record['kind']} ({_reason(error)})"
+                yield _refusal(record, error)
                 continue
             _write(journal, [head, *records[i:]])  # what was sent must not be sent twice
             raise
     journal.unlink()
     shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
-    yield f"tracking: sent {len(records) - refused} kept records of run {run_id}"
+    if records:
+        yield f"tracking: sent {len(records) - refused} kept records of run {run_id}"
 
 
 def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
@@ -104,7 +108,7 @@ def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
         head, _ = _read(journal)
         if head.get("uri", uri) != uri:
             continue
-        if head.get("host") == socket.gethostname() and _alive(head["pid"]):
+        if head and _in_use(journal, head):
             continue
         try:
             for line in deliver(client, journal):
@@ -134,8 +138,19 @@ def _refused(error: BaseException) -> bool:
     return getattr(error, "error_code", None) in _OUR_MISTAKE
 
 
+def _refusal(record: Record, error: BaseException) -> str:
+    return f"tracking: MLflow refused {record['kind']} ({_reason(error)})"
+
+
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def _in_use(journal: Path, head: Record) -> bool:
+    """By a living process here, or by one elsewhere: it writes system metrics every ten seconds."""
+    if head["host"] == socket.gethostname():
+        return _alive(head["pid"])
+    return time.time() - journal.stat().st_mtime < 10 * RETRY_SECONDS
 
 
 def _alive(pid: int) -> bool:

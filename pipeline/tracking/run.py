@@ -45,24 +45,29 @@ class Run:
         plain = {k: float(v) for k, v in values.items()}
         self._send("metrics", values=plain, step=step, time=int(time.time() * 1000))
 
-    def log_params(self, config: Mapping[str, Any]) -> None:
-        """The flattened configuration, and all of it as the artifact config.yaml."""
+    def log_params(self, config: Mapping[str, Any], changed: bool = False) -> None:
+        """The flattened configuration, and all of it as the artifact config.yaml.
+
+        Args:
+            changed: of a run that has parameters, which stay as they are: config.yaml alone.
+        """
         from omegaconf import OmegaConf
 
-        values = {k: str(v)[:_PARAM_LIMIT] for k, v in flatten(config).items()}
-        self._send("params", values=values)
+        if not changed:
+            values = {k: str(v)[:_PARAM_LIMIT] for k, v in flatten(config).items()}
+            self._send("params", values=values)
         self._log_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), "config.yaml")
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags, as text."""
         self._send("tags", values={k: str(v) for k, v in tags.items()})
 
-    def log_table(self, frame: "pd.DataFrame", name: str) -> None:
-        """NAME.csv for people and NAME.json for the MLflow UI, to which rows are added."""
-        self._log_text(frame.to_csv(index=False), f"{name}.csv")
+    def log_table(self, frame: "pd.DataFrame", csv: str, table: str) -> None:
+        """A CSV file for people, and rows added to a table that the MLflow UI shows."""
+        self._log_text(frame.to_csv(index=False), csv)
         clean = json.loads(frame.to_json(orient="columns"))
         columns = {key: list(column.values()) for key, column in clean.items()}
-        self._send("table", columns=columns, to=f"{name}.json")
+        self._send("table", columns=columns, to=table)
 
     def log_figure(self, figure: "Figure", path: str) -> None:
         """A PNG at the artifact path."""
@@ -75,11 +80,11 @@ class Run:
         """A file into the artifact folder `to`."""
         self._send("file", path=str(path), to="" if to == "." else to)
 
-    def _log_text(self, text: str, name: str) -> None:
+    def _log_text(self, text: str, path: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / name
+            file = Path(folder) / Path(path).name
             file.write_text(text)
-            self.log_file(file)
+            self.log_file(file, str(Path(path).parent))
 
     def log_dataset(
         self, name: str, fingerprint: str, source: str, context: str, profile: Mapping[str, Any]
@@ -123,10 +128,10 @@ class Run:
 
 
 class NoRun(Run):
-    """Takes everything and keeps nothing: scoring a bare checkpoint is not tracked."""
+    """Takes everything and keeps nothing: for a bare checkpoint, and all processes but one."""
 
     def __init__(self) -> None:
-        self.run_id = ""
+        self.run_id, self.checkpoint_dir = "", Path()
 
     def where(self) -> str:
         """That there is no run."""
@@ -157,15 +162,15 @@ def tracked_run(
     status = "FAILED"
     try:
         with sigterm_interrupts():
-            if not resume:
-                run.log_params(config)
+            run.log_params(config, changed=bool(resume))
             run.set_tags({**_environment(), **tags})
             monitor = _monitor(run, resumed=bool(resume))
             yield run
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
-        print(f"stopped; python -m pipeline.train resume={run.run_id} goes on", file=sys.stderr)
+        if (run.checkpoint_dir / "last.ckpt").exists():
+            print(f"stopped; python -m pipeline.train resume={run.run_id} goes on", file=sys.stderr)
         raise
     finally:
         if monitor:
