@@ -247,4 +247,8 @@ class TorchvisionBackbone(nn.Module):
 def _replace_batch_norms(model: nn.Module, norm: Norm) -> None:
     for path, part in list(model.named_modules()):
         if isinstance(part, nn.BatchNorm2d):
-            model.set_submodule(path, make_norm(norm, part.num_features))
+            other = make_norm(norm, part.num_features)
+            # What pre-training learned of scale and shift; names and shapes are the same.
+            learned = {k: v for k, v in part.state_dict().items() if k in other.state_dict()}
+            other.load_state_dict(learned)
+            model.set_submodule(path, other)

@@ -1,6 +1,8 @@
 """Checkpoints that say what they are: weights with the configuration that made them. Floor 4."""
 
+import os
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from pipeline.compose import CONF
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 
 KEY = "pipeline_config"
+_CAN_CHANGE = ("data.root", "data.split_file", "data.num_workers", "data.test_episodes",
+               "trainer.accelerator", "test_k_shot", "also_test", "published")  # fmt: skip
+"""What a resumed run may set anew: nothing that training depends on."""
 
 
 class StoreConfig(Callback):
-    """Adds the resolved configuration to every checkpoint."""
+    """Adds the resolved configuration to every checkpoint, and lets a run go on elsewhere."""
 
     def __init__(self, resolved: dict[str, Any]) -> None:
         self.resolved = resolved
@@ -28,6 +32,32 @@ class StoreConfig(Callback):
     ) -> None:
         """Plain containers, so that the file loads with `weights_only=True`."""
         checkpoint[KEY] = self.resolved
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Where the folder of checkpoints is now; in another one Lightning forgets the best."""
+        assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
+        here = str(trainer.checkpoint_callback.dirpath)
+        for state in checkpoint["callbacks"].values():
+            if before := state.get("dirpath"):
+                state.update(_moved(state, before, here))
+
+
+def _moved(value: Any, before: str, here: str) -> Any:
+    """A container with every path below `before` below `here` instead."""
+    if isinstance(value, dict):
+        return {_moved(k, before, here): _moved(v, before, here) for k, v in value.items()}
+    return value.replace(before, here) if isinstance(value, str) else value
+
+
+def bring(source: Path, target: Path) -> None:
+    """Copy a checkpoint to where it is not yet, whole or not at all."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(source, part)
+        part.replace(target)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -46,18 +76,18 @@ def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that a checkpoint was trained with, `KEY=VALUE` overrides applied.
 
     Raises:
-        UserError: if the file is none of ours, or an override names a group or an unknown key.
+        UserError: if the file is none of ours, or for each override of what cannot change.
     """
     cfg = OmegaConf.create(_read(path)[KEY])
-    OmegaConf.set_struct(cfg, True)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "resume":
-            continue
-        if (CONF / key).is_dir():
-            raise UserError(f"{override}: a resumed run keeps its {key}; start a new run for that")
-        if OmegaConf.select(cfg, key, throw_on_missing=False) is None and key not in cfg:
-            raise UserError(f"{override}: unknown key of the stored configuration")
+    pairs = [o.partition("=") for o in overrides if not o.startswith("resume=")]
+    refused = [
+        f"{key}={value}: a resumed run keeps its {key}; what can change is {', '.join(_CAN_CHANGE)}"
+        for key, _, value in pairs
+        if key not in _CAN_CHANGE
+    ]
+    if refused:
+        raise UserError("\n".join(refused))
+    for key, _, value in pairs:
         OmegaConf.update(cfg, key, _parse(value))
     return cfg
 
@@ -66,8 +96,11 @@ def _parse(value: str) -> Any:
     return OmegaConf.from_dotlist([f"value={value}"])["value"]
 
 
-def load_weights(learner: MetaLearner, path: Path) -> None:
+def load_weights(learner: MetaLearner, path: Path) -> int:
     """Copy the weights of a checkpoint into a learner.
+
+    Returns:
+        The training step that they were saved after.
 
     Raises:
         UserError: if they are of another learner, backbone or size.
@@ -81,3 +114,4 @@ def load_weights(learner: MetaLearner, path: Path) -> None:
         raise UserError(
             f"checkpoint: {path} holds a {trained}, which does not fit {learner.label}: {reason}"
         ) from error
+    return checkpoint["global_step"]

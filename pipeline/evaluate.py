@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -25,16 +27,15 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"run, checkpoint: found run={cfg.run}, checkpoint={cfg.checkpoint}; give one of them"
         )
     quieten()
-    from pathlib import Path
-
     import torch
 
     from pipeline import checkpoints, config, reporting
     from pipeline.learners.gradient import GradientLearner
-    from pipeline.scoreboard import make_test_sets, other_sources
+    from pipeline.scoreboard import make_test_sets, other_sources, refuse_seen
     from pipeline.tracking.run import NoRun, existing_run
     from pipeline.tracking.store import find_checkpoint
 
+    config.check_root(cfg)
     path = find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
     trained = checkpoints.restore_config(path)
     image_shape = tuple(trained.data.image_shape)
@@ -46,23 +47,27 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     shots = trained.test_k_shot if cfg.k_shot is None else cfg.k_shot
     shots = [shots] if isinstance(shots, int) else list(shots)
 
-    learner = config.build_learner(trained, image_shape)
+    learner = config.build_learner(trained, image_shape, pretrained=False)
     if isinstance(learner, GradientLearner) and cfg.n_way not in (None, learner.n_way):
         raise UserError(
             f"n_way: found {cfg.n_way}, but the head of this {learner.label} was trained for "
             f"{learner.n_way}; an embedding learner (protonet) takes any number"
         )
-    checkpoints.load_weights(learner, path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    learner.to(device)
+    step = checkpoints.load_weights(learner, path)
+    learner.to("cuda" if torch.cuda.is_available() else "cpu")
+    trained_on = config.build_data(trained.data)
     trained.data = config.with_source(
         trained.data, source, image_shape=list(image_shape), **changes
     )
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, others, shots)
+    refuse_seen(trained_on, sets)
+    csv = f"evaluations/{datetime.now(UTC):%Y%m%dT%H%M%SZ}.csv"
     with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
-        return reporting.test_and_report(tracked, learner, sets, trained.published)
+        return reporting.test_and_report(
+            tracked, learner, sets, trained.published, step, main=None, csv=csv
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 SUPPORT, RIGHT, WRONG = "#4a6fa5", "#2a9d5c", "#d1495b"
 BORDER = 2  # pixels of frame around an image
 mpl.rcParams["font.size"] = 8
+mpl.rcParams["text.parse_math"] = False  # class names may hold dollars
 
 
 def _figure(width: float, height: float) -> Figure:

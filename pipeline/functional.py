@@ -57,7 +57,8 @@ def inner_sgd(
 
     Finn, Abbeel, Levine 2017, eq. 1, https://arxiv.org/abs/1703.03400. The result is
     differentiable in theta. First order (their section 5.2) takes the inner gradient at a detached
-    point, so that no second derivative is ever built; d phi / d theta is then the identity.
+    point and as a constant, also with respect to whatever else `loss` depends on, so that no second
+    derivative is ever built; d phi / d theta is then the identity.
 
     Returns:
         Adapted parameters, same keys as theta.
@@ -66,6 +67,8 @@ def inner_sgd(
     for _ in range(steps):
         point = {k: v.detach() for k, v in phi.items()} if first_order else phi
         gradient = torch.func.grad(loss)(point)
+        if first_order:
+            gradient = {k: g.detach() for k, g in gradient.items()}
         phi = {k: v - lr * gradient[k] for k, v in phi.items()}
     return phi
 

@@ -98,6 +98,19 @@ class LineProgress(Callback):
         print("  ".join(parts), flush=True)
 
 
+class Slow:
+    """Where there is no bar: a line every half minute while episodes are scored."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self._next = what, total, time.monotonic() + 30
+
+    def __call__(self, done: int) -> None:
+        """Take note that so many are done."""
+        if time.monotonic() > self._next and not sys.stderr.isatty():
+            print(f"{self.what}  {done}/{self.total} episodes", flush=True)
+            self._next = time.monotonic() + 30
+
+
 def progress_callbacks() -> list[Callback]:
     """Throughput, and the form of progress that fits where the output goes."""
     shown = RichProgressBar() if sys.stdout.isatty() else LineProgress()

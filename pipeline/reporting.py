@@ -34,21 +34,31 @@ def test_and_report(
     learner: MetaLearner,
     sets: Sequence[FixedEpisodes],
     published: Sequence[Mapping[str, Any]],
+    step: int,
+    main: FixedEpisodes | None,
+    csv: str,
 ) -> dict[str, Any]:
     """Test once, print the table, and leave table, metrics and pictures with the run.
+
+    Args:
+        published: see `to_frame`.
+        step: the training step that the weights are of.
+        main: the set whose numbers are also those of the run, `test/acc`; None if it has them.
+        csv: artifact path of the table; its rows are added to the run's results.json too.
 
     Returns:
         `run_id` and the metrics, accuracies in 0..1.
     """
+    learner.eval()
     results = score_all(learner, sets)
     frame = to_frame(results, published)
-    numbers = metrics(results, sets[0], learner.label)
-    run.log_metrics(numbers, step=learner.trainer.global_step if learner._trainer else 0)
-    run.log_table(frame, "results")
+    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
+    numbers = metrics(results, main, learner.label)
+    run.log_metrics(numbers, step)
+    run.log_table(frame, csv, "results.json")
     for result in results:
         if result.learner == learner.label:
             _log_figures(run, learner, result)
-    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
     print(run.where())
     return {"run_id": run.run_id, **numbers}
 

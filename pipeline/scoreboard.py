@@ -1,8 +1,10 @@
 """Test sets, the closing table and its terminal form. Floor 4."""
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -15,10 +17,12 @@ from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeSampler
+from pipeline.data.pool import ImageSource
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.evaluation import Scorer, Scores
 from pipeline.learners.pixel_centroid import PixelCentroid
+from pipeline.progress import Slow
 
 
 class FixedEpisodes(NamedTuple):
@@ -38,7 +42,8 @@ class FixedEpisodes(NamedTuple):
     @property
     def key(self) -> str:
         """As metric names have it, e.g. digits_5w1s."""
-        return f"{self.name}_{self.n_way}w{self.k_shot}s"
+        name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
+        return f"{name}_{self.n_way}w{self.k_shot}s"
 
 
 class Result(NamedTuple):
@@ -89,7 +94,8 @@ def make_test_sets(
     shape = list(data.image_shape)
     nodes = [config.with_source(cfg.data, other, image_shape=shape) for other in others]
     sources = [data, *map(config.build_data, nodes)]
-    sets, problems = [], []
+    sets: list[FixedEpisodes] = []
+    problems = []
     for source in sources:
         for k_shot in k_shots:
             test = FixedEpisodes(
@@ -99,14 +105,44 @@ def make_test_sets(
                 test.sampler()
             except UserError as error:
                 problems.append(f"test set {test.name}: {error}")
+            if any(test.key == other.key for other in sets):
+                problems.append(f"also_test: there are two test sets named {test.key!r}")
             sets.append(test)
     if problems:
         raise UserError("\n".join(problems))
     return sets
 
 
+def refuse_seen(trained: EpisodicDataModule, sets: Iterable[FixedEpisodes]) -> None:
+    """No class of a test set may have been trained or selected on under another split.
+
+    Class names mean the same things within one kind of source and folder only.
+
+    Raises:
+        UserError: naming the first such class of every set.
+    """
+    problems = {}
+    for test in sets:
+        if test.data is trained or not _same_classes(trained.source, test.data.source):
+            continue
+        seen = {trained.pool.class_names[c] for s in ("train", "val") for c in trained.classes(s)}
+        shared = sorted(seen & {test.data.pool.class_names[c] for c in test.data.classes("test")})
+        if shared:
+            problems[test.name] = (
+                f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in the "
+                f"training or validation split of {trained.source.name}; it cannot test this run"
+            )
+    if problems:
+        raise UserError("\n".join(problems.values()))
+
+
+def _same_classes(a: ImageSource, b: ImageSource) -> bool:
+    roots = [Path(getattr(source, "root", None) or "").absolute() for source in (a, b)]
+    return type(a) is type(b) and roots[0] == roots[1]
+
+
 def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Result]:
-    """Score the learner and the pixel floor on every set, with a progress bar on a terminal."""
+    """Score the learner and the pixel floor on every set; tells how far it is."""
     learners = [learner]
     if not isinstance(learner, PixelCentroid):
         learners.append(PixelCentroid().to(learner.device))
@@ -115,13 +151,16 @@ def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Resul
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         for test in sets:
             for each in learners:
-                task = bar.add_task(f"test {test.key} {each.label}", total=test.episodes)
+                what = f"test {test.key} {each.label}"
+                task = bar.add_task(what, total=test.episodes)
+                line = Slow(what, test.episodes)
                 scorer = scorers.setdefault(
                     (id(each), id(test.data)), Scorer(each, test.data, "test")
                 )
 
-                def done(n: int, task: TaskID = task) -> None:
+                def done(n: int, task: TaskID = task, line: Slow = line) -> None:
                     bar.update(task, completed=n)
+                    line(n)
 
                 scores = scorer.score(test.sampler(), test.episodes, done)
                 results.append(Result(each.label, each.protocol, test, scores))
@@ -162,7 +201,9 @@ def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) 
     return pd.DataFrame(rows)
 
 
-def metrics(results: Iterable[Result], main: FixedEpisodes, learner: str) -> dict[str, float]:
+def metrics(
+    results: Iterable[Result], main: FixedEpisodes | None, learner: str
+) -> dict[str, float]:
     """`test/SET_NwKs/acc` and `acc_ci95` in 0..1; those of the main set as `test/acc` too."""
     out = {}
     for result in results:

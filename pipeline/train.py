@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,17 +26,18 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             configuration and applies them again.
 
     Returns:
-        `run_id` and the test metrics, accuracies in 0..1.
+        `run_id` and the test metrics, accuracies in 0..1; nothing in further processes (DDP).
 
     Raises:
         UserError: for bad input, before anything is computed.
     """
     quieten()
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities import rank_zero_only
 
     from pipeline import checkpoints, config, reporting
-    from pipeline.scoreboard import make_test_sets, other_sources
-    from pipeline.tracking.run import tracked_run
+    from pipeline.scoreboard import make_test_sets, other_sources, refuse_seen
+    from pipeline.tracking.run import NoRun, tracked_run
     from pipeline.tracking.store import find_checkpoint
 
     resume = cfg.resume
@@ -46,11 +49,12 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
     sets = make_test_sets(cfg, data, others, cfg.test_k_shot)
+    refuse_seen(data, sets)
+    main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0])
     pl.seed_everything(cfg.seed, verbose=False)
-    learner = config.build_learner(cfg, data.image_shape)
+    learner = config.build_learner(cfg, data.image_shape, pretrained=not resume)
 
-    resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    resolved["data"]["image_shape"] = list(data.image_shape)
+    resolved = _resolved(cfg, data.image_shape)
     tags = {
         "seed": cfg.seed,
         "data.fingerprint": data.pool.fingerprint,
@@ -59,18 +63,30 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "data": data.source.name,
         "device": _device_name(options["accelerator"]),
     }
-    with tracked_run(
-        experiment=cfg.experiment_name,
-        name=cfg.run_name or f"{learner.label} {data.source.name}",
-        config=resolved,
-        tags=tags,
-        resume=resume,
-    ) as tracked:
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    name = cfg.run_name or f"{learner.label} {data.source.name}"
+    run = tracked_run(cfg.experiment_name, name, resolved, tags, resume)
+    with run if first else nullcontext(NoRun()) as tracked:
         reporting.log_datasets(tracked, data, sets)
+        step = 0
         if "optimizer" in cfg.learner:
             best = _fit(learner, data, options, resolved, tracked, resume)
-            checkpoints.load_weights(learner, best)
-        return reporting.test_and_report(tracked, learner, sets, cfg.published)
+            if not first:
+                return {}
+            step = checkpoints.load_weights(learner, best)
+        return reporting.test_and_report(
+            tracked, learner, sets, cfg.published, step, main_set, "results.csv"
+        )
+
+
+def _resolved(cfg: DictConfig, image_shape: Sequence[int]) -> dict[str, Any]:
+    """What is stored with the run: it holds in another working directory too."""
+    resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    resolved["data"]["image_shape"] = list(image_shape)
+    for key in ("root", "split_file"):
+        if path := resolved["data"].get(key):
+            resolved["data"][key] = str(Path(path).expanduser().absolute())
+    return resolved
 
 
 def _fit(
@@ -81,39 +97,45 @@ def _fit(
     tracked: "Run",
     resume: str | None,
 ) -> Path:
-    """Fit with Lightning; returns the path of the checkpoint with the best val/acc."""
+    """Fit with Lightning; returns the path of the checkpoint with the best val/acc.
+
+    The learner stays on the device that it was trained on.
+    """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from pipeline.checkpoints import StoreConfig
+    from pipeline.checkpoints import StoreConfig, bring
     from pipeline.progress import RunLogger, progress_callbacks
     from pipeline.tracking.store import find_checkpoint
 
-    keep = ModelCheckpoint(
-        dirpath=tracked.checkpoint_dir,
-        filename="best",
-        monitor="val/acc",
-        mode="max",
-        save_last=True,
+    folder = tracked.checkpoint_dir
+    keep = partial(
+        ModelCheckpoint,
+        dirpath=folder,
         save_on_train_epoch_end=True,  # at an epoch's end the episode stream goes on cleanly
         enable_version_counter=False,
     )
+    best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
+    start = None
+    if resume:  # its best checkpoint must be at hand too: no later one may be better
+        bring(find_checkpoint(resume, "best"), folder / "best.ckpt")
+        start = str(find_checkpoint(resume, "last"))
     trainer = pl.Trainer(
         **options,
         logger=RunLogger(tracked),
-        callbacks=[keep, StoreConfig(resolved), *progress_callbacks()],
+        callbacks=[best, last, StoreConfig(resolved), *progress_callbacks()],
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,  # the data module deals the episodes itself
         num_sanity_val_steps=0,
         max_epochs=-1,
     )
-    last = str(find_checkpoint(resume, "last")) if resume else None
     try:
-        trainer.fit(learner, data, ckpt_path=last, weights_only=True)
+        trainer.fit(learner, data, ckpt_path=start, weights_only=True)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
-    return Path(keep.best_model_path)
+    learner.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    return Path(best.best_model_path)
 
 
 def _device_name(accelerator: str) -> str:

@@ -99,6 +99,27 @@ def test_fomaml_is_the_gradient_at_the_adapted_point():
     assert any(not torch.allclose(second[k], gradient[k], rtol=1e-3) for k in gradient)
 
 
+def test_first_order_anil_takes_the_inner_gradient_as_a_constant():
+    learner, episode = maml(2, adapted="head", first_order=True), task()
+    gradient = meta_gradient(learner, meta_batch(0))
+    body, head = learner.net.body, learner.net.head
+    with torch.no_grad():
+        support, phi = body(episode.support_x), (head.weight.clone(), head.bias.clone())
+    for _ in range(2):
+        phi = [p.requires_grad_() for p in phi]
+        steps = torch.autograd.grad(
+            F.cross_entropy(F.linear(support, *phi), episode.support_y), phi
+        )
+        phi = [(p - 0.1 * g).detach() for p, g in zip(phi, steps, strict=True)]
+    phi = [p.requires_grad_() for p in phi]
+    loss = F.cross_entropy(F.linear(body(episode.query_x), *phi), episode.query_y)
+    names = [k for k in gradient if k.startswith("body.")]
+    parameters = dict(learner.net.named_parameters())
+    expected = torch.autograd.grad(loss, [*(parameters[k] for k in names), *phi])
+    for k, g in zip([*names, "head.weight", "head.bias"], expected, strict=True):
+        torch.testing.assert_close(gradient[k], g, rtol=1e-10, atol=1e-12)
+
+
 def test_a_meta_batch_is_the_mean_of_its_tasks():
     learner = maml()
     apart = [meta_gradient(learner, meta_batch(s)) for s in (0, 1, 2)]

@@ -23,6 +23,12 @@ REAL = PROJECT.parent / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")
 
 
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-100 with an image or so a class."""
+    monkeypatch.setattr("pipeline.data.cifar._refuse_partial", lambda *_: None)
+
+
 # --- Omniglot
 
 
@@ -141,6 +147,7 @@ def cifar_tree(root: Path, suffix: str = "png") -> Path:
     return root
 
 
+@pytest.mark.usefixtures("few_images")
 def test_cifar_splits_share_a_cache_and_cover_all_classes(tmp_path: Path) -> None:
     root, cache = cifar_tree(tmp_path / "root"), str(tmp_path / "cache")
     save(root / "of no class" / "1.png")
@@ -157,6 +164,7 @@ def test_cifar_splits_share_a_cache_and_cover_all_classes(tmp_path: Path) -> Non
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.usefixtures("few_images")
 def test_cifar_unpacked_beside_its_zips_counts_once(tmp_path: Path) -> None:
     root = cifar_tree(tmp_path / "cifar100")
     zip_up(root, root / "all.zip")
@@ -178,6 +186,7 @@ def test_cifar_missing_classes_and_wrong_sizes(tmp_path: Path) -> None:
         Cifar("fc100", str(tmp_path / "root"), cache).load()
 
 
+@pytest.mark.usefixtures("few_images")
 def test_cifar_from_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = json.loads((PROJECT / "pipeline/data/splits/fc100.json").read_text())
     classes = sorted(c for s in ("train", "val", "test") for c in listed[s])
@@ -210,6 +219,7 @@ def test_cifar_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @real_data
+@pytest.mark.usefixtures("few_images")
 def test_real_cifar(tmp_path: Path) -> None:
     root = tmp_path / "cifar100"
     for file in sorted((REAL / "cifar100").glob("*.zip")):

@@ -80,14 +80,24 @@ def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data()
     result = run_train()
     overrides = [f"run={result['run_id']}"]
     again = evaluate.run(compose_config("evaluate", overrides), overrides)
-    for key in ("test/acc", "test/glyphs_5w5s/acc", "test/floor_acc"):
+    assert result["test/acc"] == result["test/glyphs_5w1s/acc"]
+    assert not any(key.startswith("test/acc") for key in again)  # which training alone writes
+    for key in ("test/glyphs_5w1s/acc", "test/glyphs_5w5s/acc", "test/glyphs_5w1s/floor_acc"):
         assert again[key] == result[key]
     overrides += ["+data=digits", "k_shot=3", "episodes=10", "n_way=4"]
     other = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert 0 < other["test/digits_4w3s/acc"] <= 1
-    metrics = store.connect().get_run(result["run_id"]).data.metrics
-    assert metrics["test/digits_4w3s/acc"] == pytest.approx(other["test/digits_4w3s/acc"])
-    assert store.connect().get_run(result["run_id"]).info.status == "FINISHED"
+    overrides = [f"run={result['run_id']}", "k_shot=1", "episodes=10"]
+    fewer = evaluate.run(compose_config("evaluate", overrides), overrides)
+    client = store.connect()
+    run = client.get_run(result["run_id"])
+    assert run.data.metrics["test/digits_4w3s/acc"] == other["test/digits_4w3s/acc"]
+    assert run.data.metrics["test/glyphs_5w1s/acc"] == fewer["test/glyphs_5w1s/acc"]  # the latest
+    assert run.data.metrics["test/acc"] == result["test/acc"]
+    assert run.info.status == "FINISHED"
+    kept = Path(client.download_artifacts(result["run_id"], "results.csv")).read_text()
+    assert len(kept.splitlines()) == 1 + 4  # of training; each evaluation has its own
+    assert len(stored_table(client, result["run_id"])) == 4 + 4 + 2 + 2
 
 
 def test_best_and_not_last_checkpoint_is_tested():
@@ -103,7 +113,7 @@ def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):
     path = store.find_checkpoint(result["run_id"], "best")
     overrides = [f"checkpoint={path}"]
     again = evaluate.run(compose_config("evaluate", overrides), overrides)
-    assert again["test/acc"] == result["test/acc"]
+    assert again["test/glyphs_5w1s/acc"] == result["test/glyphs_5w1s/acc"]
     assert "not tracked" in capsys.readouterr().out
     junk = tmp_path / "junk.ckpt"
     junk.write_bytes(b"no checkpoint")
@@ -126,9 +136,81 @@ def test_unknown_run_names_the_newest():
     result = run_train("trainer.max_steps=10")
     with pytest.raises(UserError, match=rf"no run 'abc' .*{result['run_id']}"):
         evaluate.run(compose_config("evaluate", ["run=abc"]))
-    overrides = [f"resume={result['run_id']}", "learner=maml"]
-    with pytest.raises(UserError, match="keeps its learner"):
-        train.run(compose_config("train", overrides), overrides)
+
+
+def test_a_resumed_run_keeps_what_it_trains():
+    result = run_train("trainer.max_steps=10")
+    overrides = [f"resume={result['run_id']}", "learner=maml", "trainer.max_steps=20"]
+    with pytest.raises(UserError) as error:
+        train.run(compose_config("train", overrides[:1]), overrides)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("learner=maml: a resumed run keeps its learner; what can change is")
+    assert lines[1].startswith("trainer.max_steps=20: a resumed run keeps its trainer.max_steps;")
+
+
+def test_a_finished_run_resumes_to_its_test(tmp_path, monkeypatch):
+    """Its checkpoints are artifacts now; they come back, here to another folder."""
+    result = run_train("trainer.max_steps=40", "data.batches_per_epoch=5", "data.val_episodes=3")
+    client = store.connect()
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.MLRUNS / 'mlflow.db'}")
+    monkeypatch.setattr(store, "MLRUNS", elsewhere)
+    overrides = [f"resume={result['run_id']}", "data.test_episodes=10"]
+    again = train.run(compose_config("train", overrides[:1]), overrides)
+    assert again["test/acc"] != result["test/acc"]  # of fewer episodes
+    assert client.get_run(result["run_id"]).info.status == "FINISHED"
+    config = Path(client.download_artifacts(result["run_id"], "config.yaml")).read_text()
+    assert "test_episodes: 10" in config
+
+
+def test_a_training_shorter_than_its_epoch_is_validated_and_tested(capsys):
+    run_train("trainer.max_steps=4", "test_k_shot=[1]")
+    assert "step 4/4" in capsys.readouterr().out
+
+
+def test_the_headline_is_the_shape_that_was_trained():
+    result = run_train("trainer.max_steps=10", "data.k_shot=5")
+    assert result["test/acc"] == result["test/glyphs_5w5s/acc"]
+
+
+def test_the_picture_shows_what_was_scored(monkeypatch):
+    """Episode 0 of the picture is episode 0 of the table: evaluation mode for both."""
+    from pipeline import reporting
+    from pipeline.learners.evaluation import Scorer
+
+    shown, scored = {}, {}
+    draw, score = reporting.episode_figure, Scorer.score
+
+    def keep_shown(support, query, correct, predicted, class_names, title):
+        shown[title.split(",")[1].strip()] = correct.reshape(-1)
+        return draw(support, query, correct, predicted, class_names, title)
+
+    def keep_scored(self, sampler, episodes, progress):
+        scores = score(self, sampler, episodes, progress)
+        n_way, k_shot = sampler.shape(0)
+        scored.setdefault(f"{n_way}-way {k_shot}-shot", scores.correct[0])  # the learner is first
+        return scores
+
+    monkeypatch.setattr(reporting, "episode_figure", keep_shown)
+    monkeypatch.setattr(Scorer, "score", keep_scored)
+    run_train()
+    assert shown.keys() == scored.keys() == {"5-way 1-shot", "5-way 5-shot"}
+    for task, correct in shown.items():
+        assert (correct == scored[task]).all()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(runs_folder):
+    """DDP on the CPU: one MLflow run, one table, curves over the episodes of both."""
+    command = [sys.executable, "-m", "pipeline.train", *SMALL, "trainer.devices=2"]
+    env = {**os.environ, "PIPELINE_MLRUNS": str(runs_folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("make ui") == 1
+    client = store.connect()
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/acc")] == [9, 19]
 
 
 @pytest.mark.parametrize(
@@ -147,13 +229,11 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
         *extra,
         "trainer.max_steps=40",
         "test_k_shot=[1]",
-        "data.augmentation._target_=pipeline.data.transforms.Augmentation",
         "data.augmentation.affine=0.1",
         "data.augmentation.crop_padding=2",
         "data.augmentation.flip=true",
         "data.augmentation.jitter=0.2",
     ]
-    common = [o if not o.startswith("data.augmentation.") else f"+{o}" for o in common]
     whole = train.run(compose_config("train", common), common)
 
     # as many threads as here: sums in another order differ in the last bit
@@ -168,6 +248,7 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     child.send_signal(signal.SIGKILL)
     child.wait()
     run_id = found[0].parent.name
+    assert torch.load(store.find_checkpoint(whole["run_id"], "last"))["global_step"] == 40
     stopped_at = torch.load(found[0], weights_only=True)["global_step"]
     assert 0 < stopped_at < 40
     assert store.connect().get_run(run_id).info.status == "RUNNING"  # nobody could say otherwise

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 
 LINK = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 _TORCHVISION = "cifar-100-python"
+IMAGES_PER_CLASS = 600
 _SPLITS = Path(__file__).parent / "splits"
 
 
@@ -54,6 +55,7 @@ class Cifar:
                 f"data.root={self.root}: no images of {len(missing)} of the {len(wanted)} classes "
                 f"of {self.name}: {', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
             )
+        _refuse_partial(pool, wanted, self.root)
         return SplitPool(pool, splits)
 
     def _from_images(self, root: Path, wanted: set[str]) -> ImagePool:
@@ -78,6 +80,16 @@ class Cifar:
         recipe = {"files": [(str(root.resolve()), s.st_size, s.st_mtime_ns) for s in stats]}
         build = partial(_build, root, self.root is None)
         return cached_pool("cifar100", recipe, build, self.cache_dir)
+
+
+def _refuse_partial(pool: ImagePool, wanted: set[str], root: Path | None) -> None:
+    counts = np.bincount(pool.labels, minlength=len(pool.class_names))
+    for name, count in zip(pool.class_names, counts, strict=True):
+        if name in wanted and count != IMAGES_PER_CLASS:
+            raise UserError(
+                f"data.root={root}: {count} images of class {name!r}; both splits take all "
+                f"{IMAGES_PER_CLASS}, CIFAR-100's training and test images together"
+            )
 
 
 _WANTED = (

@@ -36,8 +36,6 @@ class ImageFolder:
         cache_dir: see `cached_pool`.
     """
 
-    name = "image_folder"
-
     def __init__(
         self,
         root: str,
@@ -50,6 +48,7 @@ class ImageFolder:
         cache_dir: str | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
+        self.name = self.root.absolute().name
         self.image_size, self.channels = image_size, channels
         self.fractions, self.split_seed, self.skip_bad = list(fractions), split_seed, skip_bad
         self.split_file = None if split_file is None else Path(split_file).expanduser()
@@ -75,7 +74,7 @@ class ImageFolder:
                     f"data.root={self.root}: class folder {name!r} holds no image; {_WANTED}"
                 )
         pool = decode_pool(
-            self.name,
+            "image_folder",
             [e for e in entries if _class_of(e) in wanted],
             _class_of,
             self._fit,

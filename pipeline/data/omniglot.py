@@ -49,8 +49,6 @@ class Omniglot:
         cache_dir: see `cached_pool`.
     """
 
-    name = "omniglot"
-
     def __init__(
         self,
         root: str | None,
@@ -61,6 +59,7 @@ class Omniglot:
     ) -> None:
         self.root = None if root is None else Path(root).expanduser()
         self.split: str = split
+        self.name = "omniglot" if split == "vinyals" else f"omniglot_{split}"
         self.image_size, self.rotations = image_size, rotations
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
@@ -84,11 +83,11 @@ class Omniglot:
             labels, names = label(entries, _class_of)
             rows = np.flatnonzero(np.isin(np.array(names)[labels], turned))
             images = allocate(len(entries) + 3 * len(rows), 1, *size)
-            decode_into(images, entries, fit, self.name)
+            decode_into(images, entries, fit, "omniglot")
             return _turn(images, labels, names, rows)
 
         recipe = {"files": digest(entries), "size": self.image_size, "turned": sorted(turned)}
-        pool = cached_pool(self.name, recipe, build, self.cache_dir)
+        pool = cached_pool("omniglot", recipe, build, self.cache_dir)
         train = [*splits["train"], *(f"{c}@{a}" for a in (90, 180, 270) for c in turned)]
         return SplitPool(pool, {**splits, "train": train})
 

@@ -78,9 +78,10 @@ class MetaLearner(pl.LightningModule, ABC):
         return loss, loss.detach(), torch.stack(accuracies).mean()
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
-        """Seed dropout and the like by the step, so that a resumed run draws the same masks."""
-        key = self._seed ^ (self.global_rank << 40) ^ self.global_step
-        torch.manual_seed(key)
+        """Seed dropout and the like by the batch, so that a resumed run draws the same masks."""
+        accumulated = self.trainer.accumulate_grad_batches
+        batch_number = self.global_step * accumulated + batch_idx % accumulated
+        torch.manual_seed(hash((self._seed, self.global_rank, batch_number)))  # of ints: fixed
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """One step over a meta-batch; logs train/loss and train/acc."""

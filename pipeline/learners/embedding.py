@@ -39,6 +39,11 @@ class EmbeddingLearner(MetaLearner):
             ValueError: if a class of 0..n_way-1 has no support image.
         """
 
+    @property
+    def embeds_once(self) -> bool:
+        """Whether images may be embedded apart from their episodes, and `head` does the rest."""
+        return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
+
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`."""
         classify = self.head(self.embed(support_x), support_y)
@@ -46,6 +51,8 @@ class EmbeddingLearner(MetaLearner):
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """Embeds all images of the meta-batch in one pass, then classifies task by task."""
+        if not self.embeds_once:
+            return super().meta_loss(batch)
         images = torch.cat([batch.support_x, batch.query_x], dim=1)  # (tasks, s+q, C, H, W)
         tasks, n_support = batch.support_y.shape
         z = self.embed(images.flatten(0, 1)).unflatten(0, (tasks, -1))  # (tasks, s+q, d)

@@ -89,7 +89,7 @@ class Scorer:
 
     def _adapt(self, support: np.ndarray, support_y: Tensor) -> Callable[[np.ndarray], Tensor]:
         """A classifier of image indices."""
-        if isinstance(self.learner, EmbeddingLearner) and self.learner.protocol == "inductive":
+        if isinstance(self.learner, EmbeddingLearner) and self.learner.embeds_once:
             classify = self.learner.head(self._embed(support), support_y)
             return lambda query: classify(self._embed(query))
         adapted = self.learner.adapt(self._images(support), support_y)

@@ -30,7 +30,7 @@ class Reptile(GradientLearner):
         backbone: nn.Module,
         n_way: Ways,
         inner_optimizer: OptimizerFactory,
-        inner_steps: NonNegativeInt,
+        inner_steps: PositiveInt,
         eval_inner_steps: NonNegativeInt,
         inner_batch_size: PositiveInt,
         optimizer: OptimizerFactory,
