@@ -3,11 +3,11 @@
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 
@@ -15,3 +15,15 @@ Ways = Annotated[int, Ge(2)]
 WaysRange = Ways | tuple[Ways, Ways]
 """A fixed number of classes or an inclusive range to draw it from."""
 ShotsRange = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+class Published(TypedDict):
+    """A value of the literature, shown beside the row of a table that it matches."""
+
+    learner: str
+    data: str
+    n_way: Ways
+    k_shot: PositiveInt
+    accuracy: float
+    """Percent."""
+    source: str

@@ -3,7 +3,7 @@
 `norm` is explicit everywhere:
     batch        running statistics: inductive
     batch_stats  statistics of the batch at hand: transductive, what the MAML papers did
-    group        group norm in up to 8 groups: inductive, no statistics kept
+    group        group norm in up to 8 groups of 4 channels or more: inductive, no statistics kept
     none         no norm
 """
 
@@ -39,7 +39,7 @@ class BatchStatsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, C, ...) -> the same shape."""
-        if self.fused:
+        if self.fused and x.numel() > x.shape[1]:  # torch refuses one value a channel
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -56,7 +56,8 @@ def make_norm(norm: Norm, channels: int, dims: int = 2) -> nn.Module:
         case "batch_stats":
             return BatchStatsNorm(channels)
         case "group":
-            return nn.GroupNorm(math.gcd(channels, 8), channels)
+            most = min(8, max(1, channels // 4))  # a group of one value would be its bias
+            return nn.GroupNorm(math.gcd(channels, most), channels)
         case "none":
             return nn.Identity()
 
@@ -229,12 +230,12 @@ class TorchvisionBackbone(nn.Module):
             self.model = torchvision.models.get_model(name, weights=weights)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"backbone.weights: {weights!r} of {name}: {error}") from error
-        linear = [(p, m) for p, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        if not linear or linear[-1][1].out_features != 1000:
+        layers = [(p, m) for p, m in self.model.named_modules() if _outputs(m)]
+        path, last = layers[-1]
+        if _outputs(last) != 1000:
             raise UserError(f"backbone.name: {name} does not end in a linear classifier")
-        path, last = linear[-1]
         self.model.set_submodule(path, nn.Identity())
-        self.out_dim = last.in_features
+        self.out_dim = last.in_features if isinstance(last, nn.Linear) else last.in_channels
         if norm != "batch":
             _replace_batch_norms(self.model, norm)
 
@@ -242,6 +243,11 @@ class TorchvisionBackbone(nn.Module):
         """(m, 3, H, W) -> (m, out_dim)."""
         out = self.model(x)
         return (out if isinstance(out, Tensor) else out[0]).flatten(1)  # some add auxiliary heads
+
+
+def _outputs(module: nn.Module) -> int:
+    """Of a linear layer or a convolution (SqueezeNet classifies by one), else 0."""
+    return getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
 
 
 def _replace_batch_norms(model: nn.Module, norm: Norm) -> None:

@@ -12,26 +12,28 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
+from pipeline.compose import parse_override
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
+from pipeline.seen import Seen
 
-KEY = "pipeline_config"
+KEY = "pipeline"
 _CAN_CHANGE = ("data.root", "data.split_file", "data.num_workers", "data.test_episodes",
                "trainer.accelerator", "test_k_shot", "also_test", "published")  # fmt: skip
 """What a resumed run may set anew: nothing that training depends on."""
 
 
-class StoreConfig(Callback):
-    """Adds the resolved configuration to every checkpoint, and lets a run go on elsewhere."""
+class Provenance(Callback):
+    """Adds configuration and what was seen to every checkpoint, and lets a run go on elsewhere."""
 
-    def __init__(self, resolved: dict[str, Any]) -> None:
-        self.resolved = resolved
+    def __init__(self, resolved: dict[str, Any], seen: Seen) -> None:
+        self.resolved, self.seen = resolved, seen
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Plain containers, so that the file loads with `weights_only=True`."""
-        checkpoint[KEY] = self.resolved
+        checkpoint[KEY] = {"config": self.resolved, "seen": self.seen._asdict()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -78,22 +80,27 @@ def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: if the file is none of ours, or for each override of what cannot change.
     """
-    cfg = OmegaConf.create(_read(path)[KEY])
-    pairs = [o.partition("=") for o in overrides if not o.startswith("resume=")]
+    cfg = OmegaConf.create(_read(path)[KEY]["config"])
+    pairs = [pair for pair in map(parse_override, overrides) if pair[0] != "resume"]
     refused = [
         f"{key}={value}: a resumed run keeps its {key}; what can change is {', '.join(_CAN_CHANGE)}"
-        for key, _, value in pairs
+        for key, value in pairs
         if key not in _CAN_CHANGE
     ]
     if refused:
         raise UserError("\n".join(refused))
-    for key, _, value in pairs:
-        OmegaConf.update(cfg, key, _parse(value))
+    for key, value in pairs:
+        OmegaConf.update(cfg, key, value)
     return cfg
 
 
-def _parse(value: str) -> Any:
-    return OmegaConf.from_dotlist([f"value={value}"])["value"]
+def stored_seen(path: Path) -> Seen:
+    """What the training of a checkpoint has seen.
+
+    Raises:
+        UserError: if the file is none of ours.
+    """
+    return Seen(**_read(path)[KEY]["seen"])
 
 
 def load_weights(learner: MetaLearner, path: Path) -> int:
@@ -109,7 +116,7 @@ def load_weights(learner: MetaLearner, path: Path) -> int:
     try:
         learner.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        trained = checkpoint[KEY]["learner"]["_target_"].rpartition(".")[2]
+        trained = checkpoint[KEY]["config"]["learner"]["_target_"].rpartition(".")[2]
         reason = str(error).splitlines()[1].strip()
         raise UserError(
             f"checkpoint: {path} holds a {trained}, which does not fit {learner.label}: {reason}"

@@ -43,9 +43,12 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
     A run that is resumed has its own configuration, to which it applies the overrides itself.
     """
-    resume = [o for o in overrides if o.startswith("resume=") and o != "resume=null"]
-    if resume:
-        return compose_config(name, resume)
+    if resume := [o for o in overrides if o.startswith("resume=")]:
+        alone = compose_config(name, resume)
+        if alone.resume == "":
+            raise UserError("resume: found nothing; give the id of a stopped run, or null")
+        if alone.resume is not None:
+            return alone
     try:
         return compose_config(name, overrides)
     except OverrideError as error:
@@ -57,6 +60,13 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
         except UserError as more:
             raise UserError(f"{error}\n{more}") from error
         raise
+
+
+def _stored(run_id: str, overrides: Sequence[str]) -> DictConfig:
+    from pipeline.checkpoints import restore_config
+    from pipeline.tracking.store import find_checkpoint
+
+    return restore_config(find_checkpoint(run_id, "last"), overrides)
 
 
 def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
@@ -74,7 +84,7 @@ def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
         overrides = [a for a in arguments if a != "--cfg"]
         cfg = _composed(name, overrides)
         if "--cfg" in arguments:
-            print(OmegaConf.to_yaml(cfg))
+            print(OmegaConf.to_yaml(_stored(cfg.resume, overrides) if cfg.get("resume") else cfg))
             return
         run(cfg, overrides)
     except (UserError, OmegaConfBaseException) as error:

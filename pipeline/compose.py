@@ -6,9 +6,11 @@ at the first bad override and makes an outputs folder. Imports nothing heavy.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+_REFUSED = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises for an override that does not fit; ValueError for GROUP=null."""
 
 
 class OverrideError(UserError):
@@ -36,36 +40,58 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose(name, list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except _REFUSED as error:
             problems, fitting = _try_each(name, overrides)
             raise OverrideError(problems or [one_line(error)], fitting) from error
 
 
+def parse_override(override: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as Hydra reads it.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        return parsed.key_or_group, parsed.value()
+    except HydraException as error:
+        raise UserError(f"{override}: {one_line(error)}") from error
+
+
 def _try_each(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is wrong with which override, and those that hold; groups first, values need them."""
-    groups = {p.name for p in CONF.iterdir() if p.is_dir()}
-    ordered = sorted(overrides, key=lambda o: _key(o) not in groups)
+    groups = _groups()
+    ordered = sorted(overrides, key=lambda o: _split(o)[0] not in groups)
     fitting: list[str] = []
     problems = []
     for override in ordered:
         try:
             compose(name, [*fitting, override])
             fitting.append(override)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _REFUSED as error:
             problems.append(f"{override}: {_explain(name, fitting, override, error)}")
     return problems, fitting
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+def _groups() -> dict[str, list[str]]:
+    """The options of every group."""
+    folders = sorted(p for p in CONF.iterdir() if p.is_dir())
+    return {p.name: sorted(option.stem for option in p.glob("*.yaml")) for p in folders}
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value
 
 
 def _explain(name: str, fitting: list[str], override: str, error: Exception) -> str:
     """Names what is allowed in place of an unknown option or key."""
-    key = _key(override)
-    if (CONF / key).is_dir():
-        options = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
+    key, value = _split(override)
+    if (options := _groups().get(key)) and value not in options:
         return f"no such option; {key} can be {', '.join(options)}"
+    if options:  # the sign is wrong: + adds a group that a command has not
+        sign = "" if override.startswith("+") else "+"
+        return f"write {sign}{key}={value}"
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
         parent, _, last = key.rpartition(".")
         node = (

@@ -10,28 +10,35 @@ from typing import Annotated, Any, Literal
 
 import hydra
 import pytorch_lightning as pl
+import torch
 from annotated_types import Ge, Lt, MinLen
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,  # which it takes from lightning_fabric
 )
+from torch import nn
 
-from pipeline.annotations import PositiveInt, Ways
+from pipeline.annotations import PositiveInt, Published, Ways
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
 from pipeline.signature import parameters, plain, value_problem
 
-_BUILT_IN = {"backbone", "in_channels", "image_size", "source", "n_way", "params", "cache_dir"}
-"""Arguments that `build_*` or a partial application gives, so that no YAML has to."""
+_SUPPLIED = {
+    "data": {"source", "cache_dir"},
+    "backbone": {"in_channels", "image_size"},
+    "learner": {"backbone", "n_way"},
+}
+"""Arguments that `build_*` gives, so that no YAML has to; elsewhere a partial application does."""
+_PARTIAL = {"params", "optimizer"}
 
 _ROOT: dict[str, Any] = {
     "seed": Annotated[int, Ge(0), Lt(2**32)],
     "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
-    "also_test": list[str | dict[str, Any]],
-    "published": list[dict[str, Any]],
+    "also_test": list[str | dict[str, Any]] | None,
+    "published": list[Published],
     "experiment_name": Annotated[str, MinLen(1)],
     "run_name": str | None,
     "resume": str | None,
@@ -46,8 +53,11 @@ _ROOT: dict[str, Any] = {
 
 _RESERVED = {"logger", "callbacks", "max_epochs", "enable_progress_bar", "enable_checkpointing",
              "enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps",
-             "default_root_dir", "fast_dev_run", "inference_mode"}  # fmt: skip
-"""Arguments of Trainer that the commands set themselves."""
+             "default_root_dir", "fast_dev_run", "inference_mode", "limit_train_batches",
+             "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
+             "check_val_every_n_epoch", "val_check_interval", "reload_dataloaders_every_n_epochs",
+             "barebones"}  # fmt: skip
+"""Arguments of Trainer that the commands set themselves, or data.batches_per_epoch stands for."""
 
 _NARROWER: dict[str, Any] = {
     "max_steps": PositiveInt,
@@ -109,20 +119,21 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
     known = parameters(target)
     if path == "data":  # an image source and the episodes drawn from it share one flat node
         known = parameters(EpisodicDataModule) | known
+    supplied = _SUPPLIED.get(path, _PARTIAL)
     given = [str(k) for k in node if not str(k).startswith("_")]
     for key in given:
         if OmegaConf.is_missing(node, key):
             continue
         value = node[key]
         if key not in known:
-            allowed = ", ".join(sorted(set(known) - _BUILT_IN))
+            allowed = ", ".join(sorted(set(known) - supplied))
             yield f"{path}.{key}: unknown key; allowed are {allowed}"
         elif OmegaConf.is_interpolation(node, key):
             continue  # what it points to is checked where it stands
         elif problem := value_problem(value, known[key].annotation):
             yield f"{path}.{key}: found {plain(value)!r}; {problem}"
     for key, parameter in known.items():
-        needed = parameter.default is parameter.empty and key not in _BUILT_IN
+        needed = parameter.default is parameter.empty and key not in supplied
         if needed and key not in given and not node.get("_partial_"):
             yield f"{path}.{key}: needs a value (none is given)"
 
@@ -210,9 +221,29 @@ def build_learner(
         supplied["backbone"] = _instantiate(
             cfg.backbone, **{k: v for k, v in given.items() if k in has}
         )
+        _try_out(supplied["backbone"], image_shape)
     if "n_way" in wanted:
         supplied["n_way"] = cfg.data.n_way
-    return _instantiate(cfg.learner, **supplied)
+    built: MetaLearner = _instantiate(cfg.learner, **supplied)
+    try:
+        built.configure_optimizers()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"learner.optimizer, learner.scheduler: {_first_line(error)}") from error
+    return built
+
+
+def _try_out(backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Some networks take images of certain sizes only."""
+    try:
+        with torch.inference_mode():
+            backbone.eval()(torch.zeros(2, *image_shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"backbone: {type(backbone).__name__} does not take images of "
+            f"{'x'.join(map(str, image_shape))} ({_first_line(error)}); data.image_shape=[C,H,W] "
+            "resizes them"
+        ) from error
+    backbone.train()
 
 
 def build_trainer_options(cfg: DictConfig) -> dict[str, Any]:
@@ -236,7 +267,7 @@ def _instantiate(node: Any, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise
+        raise UserError(f"{node._target_}: {_first_line(error.__cause__ or error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: for bad input.
     """
-    if (cfg.run is None) == (cfg.checkpoint is None):
+    if bool(cfg.run) == bool(cfg.checkpoint):
         raise UserError(
             f"run, checkpoint: found run={cfg.run}, checkpoint={cfg.checkpoint}; give one of them"
         )
@@ -31,7 +31,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     from pipeline import checkpoints, config, reporting
     from pipeline.learners.gradient import GradientLearner
-    from pipeline.scoreboard import make_test_sets, other_sources, refuse_seen
+    from pipeline.scoreboard import make_test_sets, other_sources
+    from pipeline.seen import refuse_seen
     from pipeline.tracking.run import NoRun, existing_run
     from pipeline.tracking.store import find_checkpoint
 
@@ -43,7 +44,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     changes = {k: cfg[k] for k in ("n_way", "n_query") if cfg[k] is not None}
     if cfg.episodes is not None:
         changes["test_episodes"] = cfg.episodes
-    others = other_sources(cfg.also_test)
+    further = cfg.also_test
+    if further is None:
+        further = [] if "data" in cfg else trained.also_test
+    others = other_sources(further or [])
     shots = trained.test_k_shot if cfg.k_shot is None else cfg.k_shot
     shots = [shots] if isinstance(shots, int) else list(shots)
 
@@ -55,14 +59,13 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         )
     step = checkpoints.load_weights(learner, path)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
-    trained_on = config.build_data(trained.data)
     trained.data = config.with_source(
         trained.data, source, image_shape=list(image_shape), **changes
     )
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, others, shots)
-    refuse_seen(trained_on, sets)
+    refuse_seen(checkpoints.stored_seen(path), sets)
     csv = f"evaluations/{datetime.now(UTC):%Y%m%dT%H%M%SZ}.csv"
     with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
         return reporting.test_and_report(

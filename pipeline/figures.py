@@ -48,18 +48,18 @@ def episode_figure(
     figure = _figure(0.55 * (k_shot + n_query) + 1.4, 0.55 * n_way + 0.8)
     axis = figure.subplots()
     axis.imshow(_mosaic(images, frames), interpolation="nearest")
-    cell = images.shape[-1] + 2 * BORDER + 1
+    tall, wide = (side + 2 * BORDER + 1 for side in images.shape[-2:])
     for row, column in zip(*np.nonzero(~correct[:, :n_query]), strict=True):
-        x, y = (k_shot + column + 1) * cell - 3, row * cell + 2
+        x, y = (k_shot + column + 1) * wide - 3, row * tall + 2
         axis.text(
             x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold"
         )
     axis.set_yticks(
-        [(row + 0.5) * cell for row in range(n_way)],
+        [(row + 0.5) * tall for row in range(n_way)],
         [f"{_short(name)}  {row}" for row, name in enumerate(class_names)],
     )
     axis.set_xticks(
-        [k_shot / 2 * cell, (k_shot + n_query / 2) * cell],
+        [k_shot / 2 * wide, (k_shot + n_query / 2) * wide],
         ["support", "queries: green right, red wrong with the row it was taken for"],
     )
     axis.tick_params(length=0)
@@ -74,11 +74,11 @@ def _mosaic(images: np.ndarray, frames: np.ndarray) -> np.ndarray:
     One picture instead of an axis an image: drawing is fifty times faster.
     """
     rows, columns, _, h, w = images.shape
-    cell = w + 2 * BORDER + 1
-    out = np.full((rows * cell, columns * cell, 3), 255, dtype=np.uint8)
+    tall, wide = h + 2 * BORDER + 1, w + 2 * BORDER + 1
+    out = np.full((rows * tall, columns * wide, 3), 255, dtype=np.uint8)
     for row in range(rows):
         for column in range(columns):
-            y, x = row * cell, column * cell
+            y, x = row * tall, column * wide
             colour = np.array(mpl.colors.to_rgb(str(frames[row, column])))
             out[y : y + h + 2 * BORDER, x : x + w + 2 * BORDER] = (255 * colour).astype(np.uint8)
             inner = out[y + BORDER : y + BORDER + h, x + BORDER : x + BORDER + w]

@@ -42,7 +42,28 @@ def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distance of every row of a to every row of b: (m, d), (n, d) -> (m, n)."""
-    return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
+    with torch.autocast(a.device.type, enabled=False):  # the difference cancels in half precision
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
+
+
+def nearest_mean(support_z: Tensor, support_y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Classify by squared distance to the mean embedding of each class.
+
+    Snell, Swersky, Zemel 2017, eq. 1-2.
+
+    Args:
+        support_z: (m, d).
+        support_y: (m,), classes 0..n_way-1.
+
+    Returns:
+        From query embeddings (q, d) to logits (q, n_way), minus the squared distances.
+
+    Raises:
+        ValueError: if a class of 0..n_way-1 has no support image.
+    """
+    means = prototypes(support_z, support_y, count_ways(support_y))  # (n_way, d)
+    return lambda query_z: -squared_distances(query_z, means)
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -85,6 +106,6 @@ def mean_ci95(values: Tensor) -> MeanInterval:
 
     s is the sample deviation (n - 1). One value has no interval: ci95 is nan.
     """
-    values = values.double()
+    values = values.cpu().double()  # Apple GPUs have no float64
     deviation = values.std(correction=1) if len(values) > 1 else torch.tensor(float("nan"))
     return MeanInterval(values.mean().item(), (1.96 * deviation / len(values) ** 0.5).item())

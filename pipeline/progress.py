@@ -44,10 +44,10 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """All but the epoch, which is no quantity of its own here."""
+        """All but the epoch, which is no quantity of its own here, after so many steps done."""
         values = {k: v for k, v in metrics.items() if k != "epoch"}
         if values:
-            self.run.log_metrics(values, step or 0)
+            self.run.log_metrics(values, (step or 0) + 1)  # Lightning counts them from 0
 
 
 class Throughput(Callback):

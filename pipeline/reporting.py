@@ -52,10 +52,10 @@ def test_and_report(
     learner.eval()
     results = score_all(learner, sets)
     frame = to_frame(results, published)
-    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
     numbers = metrics(results, main, learner.label)
     run.log_metrics(numbers, step)
     run.log_table(frame, csv, "results.json")
+    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
     for result in results:
         if result.learner == learner.label:
             _log_figures(run, learner, result)

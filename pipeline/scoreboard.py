@@ -4,20 +4,19 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pipeline import config
-from pipeline.compose import compose_config
+from pipeline.compose import compose_config, one_line
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeSampler
-from pipeline.data.pool import ImageSource
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.evaluation import Scorer, Scores
@@ -67,11 +66,14 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
     nodes, problems = [], []
     for spec in also_test:
         given = {"data": spec} if isinstance(spec, str) else dict(spec)
-        overrides = [f"{k if k == 'data' else f'data.{k}'}={v}" for k, v in given.items()]
         try:
-            other = compose_config("train", overrides)
+            other = compose_config("train", [f"data={given.pop('data', None)}"])
+            for key, value in given.items():
+                OmegaConf.update(other.data, key, value)
             config.check(other)
             nodes.append(other.data)
+        except OmegaConfBaseException as error:
+            problems.append(f"also_test: {one_line(error)}")
         except UserError as error:
             problems += [f"also_test: {line}" for line in str(error).splitlines()]
     if problems:
@@ -113,50 +115,21 @@ def make_test_sets(
     return sets
 
 
-def refuse_seen(trained: EpisodicDataModule, sets: Iterable[FixedEpisodes]) -> None:
-    """No class of a test set may have been trained or selected on under another split.
-
-    Class names mean the same things within one kind of source and folder only.
-
-    Raises:
-        UserError: naming the first such class of every set.
-    """
-    problems = {}
-    for test in sets:
-        if test.data is trained or not _same_classes(trained.source, test.data.source):
-            continue
-        seen = {trained.pool.class_names[c] for s in ("train", "val") for c in trained.classes(s)}
-        shared = sorted(seen & {test.data.pool.class_names[c] for c in test.data.classes("test")})
-        if shared:
-            problems[test.name] = (
-                f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in the "
-                f"training or validation split of {trained.source.name}; it cannot test this run"
-            )
-    if problems:
-        raise UserError("\n".join(problems.values()))
-
-
-def _same_classes(a: ImageSource, b: ImageSource) -> bool:
-    roots = [Path(getattr(source, "root", None) or "").absolute() for source in (a, b)]
-    return type(a) is type(b) and roots[0] == roots[1]
-
-
 def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Result]:
     """Score the learner and the pixel floor on every set; tells how far it is."""
     learners = [learner]
     if not isinstance(learner, PixelCentroid):
         learners.append(PixelCentroid().to(learner.device))
     results = []
-    scorers: dict[tuple[int, int], Scorer] = {}
+    scorers: dict[str, Scorer] = {}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         for test in sets:
+            scorers = {k: v for k, v in scorers.items() if v.data is test.data}  # embeddings go
             for each in learners:
                 what = f"test {test.key} {each.label}"
                 task = bar.add_task(what, total=test.episodes)
                 line = Slow(what, test.episodes)
-                scorer = scorers.setdefault(
-                    (id(each), id(test.data)), Scorer(each, test.data, "test")
-                )
+                scorer = scorers.setdefault(each.label, Scorer(each, test.data, "test"))
 
                 def done(n: int, task: TaskID = task, line: Slow = line) -> None:
                     bar.update(task, completed=n)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli import main
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -36,7 +37,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pytorch_lightning.utilities import rank_zero_only
 
     from pipeline import checkpoints, config, reporting
-    from pipeline.scoreboard import make_test_sets, other_sources, refuse_seen
+    from pipeline.scoreboard import make_test_sets, other_sources
+    from pipeline.seen import refuse_seen, seen_by
     from pipeline.tracking.run import NoRun, tracked_run
     from pipeline.tracking.store import find_checkpoint
 
@@ -49,7 +51,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
     sets = make_test_sets(cfg, data, others, cfg.test_k_shot)
-    refuse_seen(data, sets)
+    seen = seen_by(data)
+    if resume and seen != checkpoints.stored_seen(find_checkpoint(resume, "last")):
+        raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
+    refuse_seen(seen, sets)
     main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0])
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape, pretrained=not resume)
@@ -57,11 +62,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     resolved = _resolved(cfg, data.image_shape)
     tags = {
         "seed": cfg.seed,
-        "data.fingerprint": data.pool.fingerprint,
+        "data.fingerprint": seen.fingerprint,
         "protocol": learner.protocol,
         "learner": learner.label,
         "data": data.source.name,
-        "device": _device_name(options["accelerator"]),
+        "device": _device_name(options.get("accelerator", "auto")),
     }
     first = getattr(rank_zero_only, "rank", 0) == 0
     name = cfg.run_name or f"{learner.label} {data.source.name}"
@@ -70,7 +75,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         reporting.log_datasets(tracked, data, sets)
         step = 0
         if "optimizer" in cfg.learner:
-            best = _fit(learner, data, options, resolved, tracked, resume)
+            provenance = checkpoints.Provenance(resolved, seen)
+            best = _fit(learner, data, options, provenance, tracked, resume)
             if not first:
                 return {}
             step = checkpoints.load_weights(learner, best)
@@ -83,9 +89,11 @@ def _resolved(cfg: DictConfig, image_shape: Sequence[int]) -> dict[str, Any]:
     """What is stored with the run: it holds in another working directory too."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     resolved["data"]["image_shape"] = list(image_shape)
-    for key in ("root", "split_file"):
-        if path := resolved["data"].get(key):
-            resolved["data"][key] = str(Path(path).expanduser().absolute())
+    others = [spec for spec in resolved["also_test"] or [] if isinstance(spec, dict)]
+    for node in (resolved["data"], *others):
+        for key in ("root", "split_file"):
+            if path := node.get(key):
+                node[key] = str(Path(path).expanduser().absolute())
     return resolved
 
 
@@ -93,7 +101,7 @@ def _fit(
     learner: "pl.LightningModule",
     data: "pl.LightningDataModule",
     options: dict[str, Any],
-    resolved: Any,
+    provenance: "pl.Callback",
     tracked: "Run",
     resume: str | None,
 ) -> Path:
@@ -104,7 +112,7 @@ def _fit(
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from pipeline.checkpoints import StoreConfig, bring
+    from pipeline.checkpoints import bring
     from pipeline.progress import RunLogger, progress_callbacks
     from pipeline.tracking.store import find_checkpoint
 
@@ -118,12 +126,13 @@ def _fit(
     best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
     start = None
     if resume:  # its best checkpoint must be at hand too: no later one may be better
-        bring(find_checkpoint(resume, "best"), folder / "best.ckpt")
+        if tracked.run_id:
+            bring(find_checkpoint(resume, "best"), folder / "best.ckpt")
         start = str(find_checkpoint(resume, "last"))
     trainer = pl.Trainer(
         **options,
         logger=RunLogger(tracked),
-        callbacks=[best, last, StoreConfig(resolved), *progress_callbacks()],
+        callbacks=[best, last, provenance, *progress_callbacks()],
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,  # the data module deals the episodes itself
@@ -135,6 +144,8 @@ def _fit(
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
     learner.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    if not best.best_model_path:
+        raise UserError("trainer: training ended before its first validation; nothing was tested")
     return Path(best.best_model_path)
 
 

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import config
-from pipeline.backbones import BatchStatsNorm, Conv4, DropBlock, ResNet12, is_transductive
+from pipeline.backbones import (
+    BatchStatsNorm,
+    Conv4,
+    DropBlock,
+    ResNet12,
+    is_transductive,
+    make_norm,
+)
 from pipeline.compose import compose_config
 from pipeline.errors import UserError
 
@@ -106,3 +113,33 @@ def test_torchvision_models_need_rgb_and_a_known_name():
         UserError, match=r"backbone\.name: no model 'resnet19'; allowed are .*resnet18"
     ):
         config.build_learner(cfg, (3, 32, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The default weight init")  # torchvision on GoogLeNet
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 32), ("mobilenet_v3_small", 32), ("squeezenet1_1", 32), ("densenet121", 32),
+        ("efficientnet_b0", 32), ("shufflenet_v2_x0_5", 32), ("vgg11", 32), ("googlenet", 64),
+        ("alexnet", 64), ("convnext_tiny", 32), ("swin_t", 64), ("vit_b_16", 224),
+    ],
+)  # fmt: skip
+def test_torchvision_classifiers_embed(name, size):
+    cfg = compose_config("train", ["backbone=torchvision", f"backbone.name={name}"])
+    backbone = config.build_learner(cfg, (3, size, size)).eval().backbone
+    with torch.no_grad():
+        assert backbone(torch.rand(2, 3, size, size)).shape == (2, backbone.out_dim)
+
+
+def test_one_value_a_channel_is_its_own_mean():
+    """A single photo in a network without spatial extent, which torch's batch norm refuses."""
+    norm = BatchStatsNorm(4)
+    norm.fused = True
+    assert torch.equal(norm(torch.rand(1, 4)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("channels", [8, 12, 64])
+def test_a_group_is_never_one_value(channels):
+    out = make_norm("group", channels, dims=0)(torch.randn(5, channels))
+    assert out.std(0).min() > 0.1

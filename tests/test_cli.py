@@ -55,11 +55,14 @@ def test_commands_are_listed_and_help_is_quick(shell):
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
     assert commands == ["pipeline.train", "pipeline.evaluate", "pipeline.ui"]
     for command in commands:
-        start = time.perf_counter()
-        done = shell(f"{command} --help")
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            done = shell(f"{command} --help")
+            seconds.append(time.perf_counter() - start)
         assert done.returncode == 0
         assert f"python -m {command}" in done.stdout
-        assert time.perf_counter() - start < 4  # 0.3 s on a quiet machine; torch alone takes longer
+        assert min(seconds) < 2  # 0.3 s on a quiet machine
 
 
 def test_help_imports_nothing_heavy():
@@ -91,6 +94,14 @@ def test_help_imports_nothing_heavy():
             ["also_test: data=nonsense: no such option", "also_test: data=rubbish: no such option"],
         ),
         ("pipeline.train resume=nonsense", ["run: no run 'nonsense'"]),
+        ("pipeline.train resume= learner=maml", ["resume: found nothing; give the id of a stopped"]),
+        ("pipeline.train experiment=typo", ["experiment=typo: no such option; experiment can be"]),
+        ("pipeline.train learner=null", ["learner=null: no such option; learner can be anil,"]),
+        ("pipeline.train +data=digits", ["+data=digits: write data=digits"]),
+        ("pipeline.train also_test=[digits", ["also_test=[digits: "]),
+        ("pipeline.train also_test=[{data:omniglot,rooot:x}]", ["also_test: Key 'rooot' is not in"]),
+        ("pipeline.evaluate run=abc data=digits", ["data=digits: write +data=digits"]),
+        ("pipeline.evaluate run=", ["run, checkpoint: found run=, checkpoint=None; give one"]),
         ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
         ("pipeline.evaluate checkpoint=none.ckpt", ["checkpoint: no file none.ckpt"]),
     ],
@@ -132,12 +143,14 @@ def test_a_server_that_does_not_answer(typed, monkeypatch):
 
 def test_readme_commands_compose():
     """Every command line of the README fits the configuration it names."""
+    from pipeline import config
     from pipeline.compose import compose_config
 
     lines = re.findall(r"^ {4}python -m pipeline\.(train|evaluate) ?(.*)$", README, re.MULTILINE)
     assert len(lines) >= 6
     for command, rest in lines:
-        compose_config(command, rest.split("#")[0].split())
+        cfg = compose_config(command, rest.split("#")[0].split())
+        (config.check if command == "train" else config.check_root)(cfg)
 
 
 def test_readme_tour_by_subprocess(shell):

@@ -22,16 +22,14 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_checks_and_builds(option):
-    extra = ["data.root=/somewhere"] if option == "data=image_folder" else []
-    cfg = compose_config("train", [option, *extra])
+    cfg = compose_config("train", [option])
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "/somewhere")
     config.check(cfg)
     data = config.build_data(cfg.data)
     assert data.source.name
     config.build_trainer_options(cfg)
-    shape = (3, 32, 32) if "torchvision" in option or "cifar" in option else (1, 28, 28)
-    learner = config.build_learner(cfg, shape)
-    if "optimizer" in cfg.learner:
-        learner.configure_optimizers()
+    assert config.build_learner(cfg, (3, 32, 32)).label
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "data").glob("*.yaml")), ids=lambda p: p.stem)
@@ -95,6 +93,12 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["seed=-1"], ["seed: found -1"]),
         (["also_test=digits"], ["also_test: found 'digits'; Input should be a valid list"]),
         (["data.n_way=5.0"], ["data.n_way: found 5.0"]),
+        (["data.std=[0.0]"], ["data.std: found [0.0]; Input should be greater than 0"]),
+        (["data.image_shape=[1,-5,-5]"], ["data.image_shape: found [1, -5, -5]; Input should be"]),
+        (["~data.image_size"], ["data.image_size: needs a value"]),
+        (["~data.n_way", "data.train_n_way=5"], ["data.n_way: needs a value"]),
+        (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches: is set by the pipeline"]),
+        (["published=[{learner:ProtoNet,accuracy:72}]"], ["published: found [{'learner'"]),
         (["data.image_shape=[2,28,28]"], ["data.image_shape: found [2, 28, 28]; channels are"]),
         (["data=image_folder", "data.n_way=five"], ["data.n_way: ", "data.root: needs a value"]),
         (
@@ -110,6 +114,47 @@ def test_bad_values_are_all_named(overrides, lines):
     assert len(found) == len(lines), found
     for line, start in zip(found, sorted(lines), strict=True):
         assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["+learner.optimizer.weight_decay=-1"], r"learner\.optimizer, .*: Invalid weight_decay"),
+        (["learner.optimizer._partial_=false"], r"ProtoNet: Adam.* missing .*params"),
+        (
+            ["learner.optimizer._target_=torch.nn.ReLU", "~learner.optimizer.lr"],
+            r"learner\.optimizer, .*: ReLU is not an Optimizer",
+        ),
+        (
+            [
+                "learner.scheduler._target_=torch.optim.lr_scheduler.StepLR",
+                "~learner.scheduler.T_max",
+            ],
+            r"learner\.optimizer, learner\.scheduler: .*step_size",
+        ),
+        (
+            ["learner=reptile", "learner.inner_optimizer.betas=[2.0,0.9]"],
+            r"learner\.inner_optimizer: Invalid beta",
+        ),
+        (
+            ["backbone=torchvision", "backbone.name=vit_b_16"],
+            r"backbone: TorchvisionBackbone does not take images of 3x32x32 .*data\.image_shape",
+        ),
+    ],
+)
+def test_what_constructors_refuse_is_one_line(overrides, line):
+    cfg = compose_config("train", overrides)
+    config.check(cfg)
+    with pytest.raises(UserError, match=line):
+        config.build_learner(cfg, (3, 32, 32))
+
+
+def test_a_plateau_is_one_of_validation():
+    name = "learner.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"
+    cfg = compose_config("train", [name, "~learner.scheduler.T_max"])
+    config.check(cfg)
+    scheduler = config.build_learner(cfg, (3, 32, 32)).configure_optimizers()["lr_scheduler"]
+    assert (scheduler["interval"], scheduler["monitor"]) == ("epoch", "val/loss")
 
 
 def test_a_device_that_is_not_there():

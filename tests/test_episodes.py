@@ -84,7 +84,12 @@ def test_the_stream_is_fixed_for_good():
 
 def test_no_global_random_state_takes_part():
     def states():
-        return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+        return (
+            random.getstate(),
+            np.random.get_state()[2],
+            np.random.get_state()[1].tobytes(),
+            torch.get_rng_state().tolist(),
+        )
 
     before = states()
     dataset()[[1, 2]]

@@ -65,6 +65,17 @@ def test_squared_distances():
     )
 
 
+def test_distances_do_not_cancel_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (100 + torch.randn(6, 64, generator=generator) for _ in "ab")
+    exact = torch.cdist(a.double(), b.double()).square()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = squared_distances(a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0.01, atol=0.5)
+    assert squared_distances(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
 def test_count_ways_names_the_missing_class():
     assert count_ways(torch.tensor([2, 0, 1, 1])) == 3
     with pytest.raises(ValueError, match=r"no image of class 1 of 0\.\.2"):

@@ -69,7 +69,9 @@ def test_characters_of_one_shape_are_one_class(small: SplitPool) -> None:
     for pair in ("0O", "Oo", "Cc", "Vv", "あぁ", "ヤャ", "へヘ"):
         assert sum(class_name(c) in small.splits["test"] for c in pair) <= 1
     everything = build_characters(max_strokes=3, n_train=1)
-    assert not set("二口力工八卜夕") & everything
+    assert (
+        not set("二口力工八卜夕厶彐氵冫儿礻七匚凵艹") & everything
+    )  # ニロカエハトタムヨシンルネセCUサ
 
 
 def build_characters(**changes: int) -> set[str]:

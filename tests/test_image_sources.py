@@ -17,7 +17,7 @@ from pipeline.data.files import scan
 from pipeline.data.omniglot import Omniglot
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
-from tests.image_files import picture, save, zip_up
+from tests.image_files import cifar_tree, omniglot_set, picture, save, zip_up
 
 REAL = PROJECT.parent / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")
@@ -32,21 +32,10 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Omniglot
 
 
-def make_set(root: Path, name: str, alphabets: dict[str, int], zipped: bool) -> None:
-    for alphabet, characters in alphabets.items():
-        for i in range(1, characters + 1):
-            image = Image.new("1", (105, 105), 1)
-            image.paste(0, (0, 0, 105, 40))  # a bar of ink at the top
-            save(root / name / alphabet / f"character{i:02d}" / "0001_01.png", image)
-    if zipped:
-        zip_up(root / name, root / f"{name}.zip")
-        (root / name / next(iter(alphabets))).rename(root / f"{name} moved")  # half unpacked
-
-
 @pytest.mark.parametrize("zipped", [False, True])
 def test_omniglot_small1_to_small2(zipped: bool, tmp_path: Path) -> None:
-    make_set(tmp_path, "images_background_small1", {"Greek": 2, "Early_Aramaic": 1}, zipped)
-    make_set(tmp_path, "images_background_small2", {"Greek": 2, "Tagalog": 1}, zipped)
+    omniglot_set(tmp_path, "images_background_small1", {"Greek": 2, "Early_Aramaic": 1}, zipped)
+    omniglot_set(tmp_path, "images_background_small2", {"Greek": 2, "Tagalog": 1}, zipped)
     source = Omniglot(str(tmp_path), "small1_to_small2", 28, True, str(tmp_path / "cache"))
     pool, splits = source.load()
     turned = [f"Greek/character0{i}@{a}" for a in (90, 180, 270) for i in (1, 2)]
@@ -67,8 +56,8 @@ def test_omniglot_small1_to_small2(zipped: bool, tmp_path: Path) -> None:
 
 def test_omniglot_minimal_and_without_rotations(tmp_path: Path) -> None:
     root = tmp_path / "omniglot-py"  # where torchvision keeps it
-    make_set(root, "images_background_small2", {"Greek": 1, "Latin": 2}, False)
-    make_set(root, "images_evaluation", {"Angelic": 3}, False)
+    omniglot_set(root, "images_background_small2", {"Greek": 1, "Latin": 2}, False)
+    omniglot_set(root, "images_evaluation", {"Angelic": 3}, False)
     cache = str(tmp_path / "cache")
     pool, splits = Omniglot(str(tmp_path), "minimal2", 14, False, cache).load()
     assert [len(splits[s]) for s in ("train", "val", "test")] == [2, 1, 3]
@@ -84,8 +73,8 @@ def test_omniglot_missing_or_incomplete(tmp_path: Path) -> None:
         "github.com/brendenlake/omniglot",
     ):
         assert part in str(caught.value)
-    make_set(tmp_path, "images_background", {"Greek": 24}, False)
-    make_set(tmp_path, "images_evaluation", {"Angelic": 20}, False)
+    omniglot_set(tmp_path, "images_background", {"Greek": 24}, False)
+    omniglot_set(tmp_path, "images_evaluation", {"Angelic": 20}, False)
     with pytest.raises(UserError, match=r"no images of 1579 characters .*incomplete"):
         Omniglot(str(tmp_path), "vinyals", 28, False).load()
 
@@ -93,8 +82,8 @@ def test_omniglot_missing_or_incomplete(tmp_path: Path) -> None:
 def test_omniglot_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(omniglot_module, "DATA_DIR", tmp_path)
     made = tmp_path / "made"
-    make_set(made, "images_background_small1", {"Greek": 1, "Early_Aramaic": 1}, True)
-    make_set(made / "2", "images_background_small2", {"Tagalog": 1}, True)
+    omniglot_set(made, "images_background_small1", {"Greek": 1, "Early_Aramaic": 1}, True)
+    omniglot_set(made / "2", "images_background_small2", {"Tagalog": 1}, True)
 
     def fetch(url: str, root: str, md5: str | None) -> None:
         name = url.rsplit("/", 1)[1]
@@ -137,14 +126,6 @@ def test_real_omniglot(tmp_path: Path) -> None:
 
 
 # --- CIFAR
-
-
-def cifar_tree(root: Path, suffix: str = "png") -> Path:
-    listed = json.loads((PROJECT / "pipeline/data/splits/fc100.json").read_text())
-    for split in ("train", "val", "test"):
-        for name in listed[split]:
-            save(root / name / f"1.{suffix}", picture(size=(32, 32)))
-    return root
 
 
 @pytest.mark.usefixtures("few_images")

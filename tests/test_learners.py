@@ -21,6 +21,7 @@ SHAPE = (1, 10, 10)
 
 def build(name: str, *overrides: str) -> MetaLearner:
     small = [
+        "backbone=conv4",
         "backbone.width=8",
         "backbone.downsample=stride",
         "data.n_way=3",
@@ -157,12 +158,11 @@ def test_lightning_and_the_scorer_agree(learner, tmp_path):
     assert result["test/acc_ci95"] == pytest.approx(scores.interval().ci95, abs=1e-6)
     by_class = scores.by_class()
     assert set(by_class) <= set(data.classes("test"))
-    assert scores.accuracy().mean() == pytest.approx(scores.correct.mean())
 
 
 def test_embedding_once_equals_adapting_episode_by_episode(learner):
-    if not isinstance(learner, EmbeddingLearner):
-        pytest.skip("no embedding")
+    if not (isinstance(learner, EmbeddingLearner) and learner.embeds_once):
+        pytest.skip("embeds nothing once")
     data, sampler = blob_data(), blob_data().sampler("test", 3, 2, 4)
     scorer = Scorer(learner, data, "test")
     once = scorer.score(sampler, 7)

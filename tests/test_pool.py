@@ -1,7 +1,9 @@
 """The pool's cache on disk: atomic, rebuilt when it should be, memory-mapped."""
 
+import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -151,3 +153,38 @@ def test_a_killed_build_leaves_no_cache_and_is_swept_by_the_next(tmp_path: Path)
     assert pool.images[0, 0, 0, 0] == 1
     [kept] = cache.iterdir()
     assert json.loads((kept / "meta.json").read_text())["fingerprint"] == pool.fingerprint
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"data cache .*: cannot be written .*No space left"):
+        cached_pool("toy", {}, fill(1), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_of_a_cache_is_named(tmp_path: Path) -> None:
+    cached_pool("toy", {}, fill(1), tmp_path)
+    [target] = tmp_path.iterdir()
+    (target / "meta.json").unlink()
+    with pytest.raises(UserError, match=f"{target.name}: is in the way"):
+        cached_pool("toy", {}, fill(1), tmp_path)
+
+
+def test_loader_processes_open_the_cache_instead_of_being_sent_it(tmp_path: Path) -> None:
+    def build(allocate: Allocate) -> tuple[np.ndarray, list[str]]:
+        allocate(1000, 1, 20, 20)[:] = 7
+        return np.zeros(1000, dtype=np.int64), ["a"]
+
+    pool = cached_pool("toy", {}, build, tmp_path)
+    sent = pickle.dumps(pool)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert again.fingerprint == pool.fingerprint
+    assert np.array_equal(again.images, pool.images)
+    loose = ImagePool.from_arrays(np.array(pool.images), pool.labels, ["a"])
+    assert pickle.loads(pickle.dumps(loose)).fingerprint == pool.fingerprint

@@ -1,6 +1,7 @@
 """The main job end to end: train, track, be killed, resume, evaluate."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pipeline.compose import compose_config
 from pipeline.errors import UserError
 from pipeline.tracking import store
 from tests.conftest import stored_table
+from tests.image_files import picture, save
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 REPO = Path(__file__).resolve().parents[1]
@@ -58,7 +60,7 @@ def test_a_run_leaves_what_a_user_needs(capsys):
     assert {"host", "device", "git.commit", "git.dirty"} <= set(tags)
     assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"glyphs", "digits"}
     curve = client.get_metric_history(result["run_id"], "val/acc")
-    assert [point.step for point in curve] == [9, 19]  # the step that was validated after
+    assert [point.step for point in curve] == [10, 20]  # steps done
     assert client.get_metric_history(result["run_id"], "train/loss")
     files = {f.path for folder in ("", "checkpoints", "figures")
              for f in client.list_artifacts(result["run_id"], folder)}  # fmt: skip
@@ -105,7 +107,7 @@ def test_best_and_not_last_checkpoint_is_tested():
     history = store.connect().get_metric_history(result["run_id"], "val/acc")
     best = max(history, key=lambda m: (m.value, -m.step))
     checkpoint = store.find_checkpoint(result["run_id"], "best")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step + 1  # steps done
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == best.step
 
 
 def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):
@@ -146,6 +148,50 @@ def test_a_resumed_run_keeps_what_it_trains():
     lines = str(error.value).splitlines()
     assert lines[0].startswith("learner=maml: a resumed run keeps its learner; what can change is")
     assert lines[1].startswith("trainer.max_steps=20: a resumed run keeps its trainer.max_steps;")
+
+
+def test_what_was_trained_on_is_no_test(tmp_path):
+    """Class folders that are dealt out anew: classes of training come to the test split."""
+    for i in range(12):
+        for k in range(6):
+            save(tmp_path / "photos" / f"class {i:02d}" / f"{k}.png", picture(100 * i + k))
+    folder = [f"data.root={tmp_path / 'photos'}", "data.image_size=16", "data.channels=1"]
+    shape = ["data.n_way=2", "data.n_query=2", "data.train_n_way=2", "test_k_shot=[1]"]
+    small = [*SMALL[4:], *folder, *shape]
+    overrides = ["data=image_folder", *(o for o in small if "data.train_n_way=5" not in o)]
+    result = train.run(compose_config("train", overrides), overrides)
+    resume = [f"resume={result['run_id']}"]
+    train.run(compose_config("train", resume), resume)
+    save(tmp_path / "photos" / "class 03" / "0.png", picture(4711))
+    with pytest.raises(UserError, match=r"resume: photos is not what it was when .* began"):
+        train.run(compose_config("train", resume), resume)
+    overrides = [f"run={result['run_id']}"]
+    evaluate.run(compose_config("evaluate", overrides), overrides)
+    shutil.rmtree(tmp_path / "photos" / "class 03")
+    overrides += ["+data=image_folder", *folder]
+    for seed in range(20):  # one of these deals puts a class of training into the test split
+        another = [*overrides, f"data.split_seed={seed}"]
+        try:
+            evaluate.run(compose_config("evaluate", another), another)
+        except UserError as error:
+            assert "in the training or validation split of photos" in str(error)  # noqa: PT017
+            break
+    else:
+        raise AssertionError("no deal was refused")
+
+
+def test_evaluation_repeats_the_further_test_sets_too():
+    result = run_train("also_test=[digits]", "trainer.max_steps=10", "test_k_shot=[1]")
+    overrides = [f"run={result['run_id']}", "episodes=5"]
+    again = evaluate.run(compose_config("evaluate", overrides), overrides)
+    assert "test/digits_5w1s/acc" in again
+    alone = evaluate.run(compose_config("evaluate", [*overrides, "also_test=[]"]), overrides)
+    assert "test/digits_5w1s/acc" not in alone
+
+
+def test_a_training_without_a_validation_says_so():
+    with pytest.raises(UserError, match="training ended before its first validation"):
+        run_train("+trainer.max_time=00:00:00:00")
 
 
 def test_a_finished_run_resumes_to_its_test(tmp_path, monkeypatch):
@@ -210,7 +256,7 @@ def test_two_processes_make_one_run(runs_folder):
     client = store.connect()
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/acc")] == [9, 19]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/acc")] == [10, 20]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.annotations import NonNegativeInt, PositiveInt, ShotsRange, Ways, WaysRange
+from pipeline.annotations import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ShotsRange,
+    Ways,
+    WaysRange,
+)
 from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Range
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
@@ -56,10 +63,10 @@ class EpisodicDataModule(pl.LightningDataModule):
         seed: NonNegativeInt,
         eval_seed: NonNegativeInt,
         mean: list[float],
-        std: list[float],
+        std: list[PositiveFloat],
         augmentation: Augmentation | None,
         num_workers: NonNegativeInt,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None,
     ) -> None:
         super().__init__()
         self.source = source

@@ -79,7 +79,10 @@ def _walk(folder: Path, root: Path, above: frozenset[str]) -> Iterator[Entry]:
             if item.is_dir():
                 yield from _walk(path, root, above | {real})
             elif path.suffix.lower() in SUFFIXES:
-                stat = item.stat()
+                try:
+                    stat = item.stat()
+                except FileNotFoundError:  # a link to nowhere: unreadable once it is decoded
+                    stat = item.stat(follow_symlinks=False)
                 member = path.relative_to(root).as_posix()
                 yield Entry(member, stat.st_size, stat.st_mtime_ns, root, False)
 

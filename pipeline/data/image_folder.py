@@ -89,7 +89,10 @@ class ImageFolder:
         if not self.root.is_dir():
             found = "not a folder" if self.root.exists() else "not found"
             raise UserError(f"data.root={self.root}: {found}; {_WANTED}")
-        folders = [p.name for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."]
+        try:
+            folders = [p.name for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."]
+        except OSError as error:
+            raise UserError(f"data.root={self.root}: cannot be read ({error.strerror})") from error
         if not folders:
             raise UserError(f"data.root={self.root}: no class folders; {_WANTED}")
         return sorted(folders)

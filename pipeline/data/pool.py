@@ -6,10 +6,11 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,6 +47,12 @@ class ImagePool:
         """(C, H, W) of every image."""
         _, c, h, w = self.images.shape
         return c, h, w
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A memory map goes to a loader process as the name of its folder, not as all its bytes."""
+        if isinstance(self.images, np.memmap):
+            return _open, (Path(str(self.images.filename)).parent,)
+        return ImagePool, (self.images, self.labels, self.class_names, self.fingerprint)
 
     @classmethod
     def from_arrays(
@@ -120,10 +127,14 @@ def cached_pool(
     target = cache_dir / f"{name}-{key}"
     if not (target / "meta.json").exists():
         _build_into(target, name, recipe, build)
-    meta = json.loads((target / "meta.json").read_text())
+    return _open(target)
+
+
+def _open(folder: Path) -> ImagePool:
+    meta = json.loads((folder / "meta.json").read_text())
     return ImagePool(
-        images=np.load(target / "images.npy", mmap_mode="r"),
-        labels=np.load(target / "labels.npy"),
+        images=np.load(folder / "images.npy", mmap_mode="r"),
+        labels=np.load(folder / "labels.npy"),
         class_names=tuple(meta["class_names"]),
         fingerprint=meta["fingerprint"],
     )
@@ -132,51 +143,77 @@ def cached_pool(
 def _build_into(target: Path, name: str, recipe: Mapping[str, object], build: Build) -> None:
     owner = f"{socket.gethostname()}-{os.getpid()}"
     work = target.with_name(f"{target.name}.part-{owner}-{uuid.uuid4().hex[:8]}")
-    try:
+    with _writing(target.parent):
         work.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"data cache {target.parent}: cannot be written ({error})") from error
     _sweep_abandoned(target.parent)
     try:
         images: list[np.ndarray] = []
 
         def allocate(n: int, c: int, h: int, w: int) -> np.ndarray:
-            file = work / "images.npy"
-            images.append(
-                np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(n, c, h, w))
-            )
+            with _writing(target.parent):
+                images.append(_allocate(work / "images.npy", (n, c, h, w)))
             return images[-1]
 
         labels, class_names = build(allocate)
-        if len(labels) < len(images[-1]):  # some files were skipped: keep the rows in use
-            kept = work / "kept.npy"
-            np.save(kept, images[-1][: len(labels)])
-            kept.replace(work / "images.npy")
-            images.append(np.load(work / "images.npy", mmap_mode="r"))
-        pool = ImagePool.from_arrays(images[-1], labels, class_names)
-        np.save(work / "labels.npy", pool.labels)
-        meta = {
-            "name": name,
-            "fingerprint": pool.fingerprint,
-            "class_names": pool.class_names,
-            "recipe": recipe,
-        }
-        (work / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
-        try:
-            work.rename(target)
-        except OSError:
-            if not (target / "meta.json").exists():  # not a lost race: a real failure
-                raise
+        with _writing(target.parent):
+            _finish(work, images[-1], labels, class_names, {"name": name, "recipe": recipe})
+            _put_in_place(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data cache {folder}: cannot be written ({error})") from error
+
+
+def _finish(
+    work: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    meta: dict[str, Any],
+) -> None:
+    """Cut off the rows that are not in use, and add labels and what describes the pool."""
+    if len(labels) < len(images):  # some files were skipped
+        kept = work / "kept.npy"
+        np.save(kept, images[: len(labels)])
+        kept.replace(work / "images.npy")
+        images = np.load(work / "images.npy", mmap_mode="r")
+    pool = ImagePool.from_arrays(images, labels, class_names)
+    np.save(work / "labels.npy", pool.labels)
+    meta |= {"fingerprint": pool.fingerprint, "class_names": pool.class_names}
+    (work / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    try:
+        work.rename(target)
+    except OSError as error:
+        if not (target / "meta.json").exists():  # not a lost race
+            raise UserError(f"{target}: is in the way of a cache and none; remove it") from error
+
+
+def _allocate(file: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """A file of that many bytes, mapped; taken now, as a full disk would kill a later write."""
+    images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return images
 
 
 def _sweep_abandoned(cache_dir: Path) -> None:
     """Remove the part folders of builds on this host whose process is gone."""
     for part in cache_dir.glob(f"*.part-{socket.gethostname()}-*"):
-        pid = int(part.name.split("-")[-2])
+        host, pid = part.name.partition(".part-")[2].rsplit("-", 2)[0], part.name.split("-")[-2]
+        if host != socket.gethostname():  # "gpu" is not "gpu-1"
+            continue
         try:
-            os.kill(pid, 0)
+            os.kill(int(pid), 0)
         except ProcessLookupError:
             shutil.rmtree(part, ignore_errors=True)
         except PermissionError:  # alive, another user's

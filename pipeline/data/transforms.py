@@ -97,4 +97,4 @@ def _colour_jitter(images: Tensor, strength: float, generator: torch.Generator) 
     x = images.float() * brightness
     x = (x - x.mean((1, 2, 3), keepdim=True)) * contrast + x.mean((1, 2, 3), keepdim=True)
     grey = x.mean(1, keepdim=True)
-    return (grey + (x - grey) * saturation).clamp(0, 255).to(torch.uint8)
+    return (grey + (x - grey) * saturation).clamp(0, 255).round().to(torch.uint8)

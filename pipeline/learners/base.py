@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pipeline.backbones import is_transductive
 from pipeline.episode import Classifier, Episode
@@ -26,7 +26,8 @@ class MetaLearner(pl.LightningModule, ABC):
     Args:
         optimizer: of the outer loop, from parameters (any of torch.optim, partially applied);
             None if there is nothing to train.
-        scheduler: of its rate, stepped once a training step; None keeps the rate.
+        scheduler: of its rate, stepped once a training step (ReduceLROnPlateau: once a validation,
+            by val/loss); None keeps the rate.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class MetaLearner(pl.LightningModule, ABC):
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """One step over a meta-batch; logs train/loss and train/acc."""
         objective, loss, acc = self.meta_loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/acc", acc, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/acc", acc, prog_bar=True, sync_dist=True)
         return objective
 
     def _evaluate(self, batch: Episode, split: str, metric: EpisodeAccuracy) -> None:
@@ -118,14 +119,15 @@ class MetaLearner(pl.LightningModule, ABC):
         self._log_epoch("test", self.test_accuracy)
 
     def configure_optimizers(self) -> Any:
-        """The outer optimiser and, if asked for, its schedule in steps."""
+        """The outer optimiser and, if asked for, its schedule."""
         if self.make_optimizer is None:
             return None
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        scheduler: dict[str, Any] = {"scheduler": self.make_scheduler(optimizer)}
+        if isinstance(scheduler["scheduler"], ReduceLROnPlateau):
+            scheduler |= {"interval": "epoch", "monitor": "val/loss"}
+        else:
+            scheduler |= {"interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

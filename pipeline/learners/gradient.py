@@ -72,7 +72,7 @@ class GradientLearner(MetaLearner):
     def adapt_from(
         self, theta: Params, support_x: Tensor, support_y: Tensor, steps: int
     ) -> Classifier:
-        """`adapt` as a function of theta, so that it can be differentiated."""
+        """`adapt` as a function of theta; whether it is differentiable is up to `inner_loop`."""
         if self.adapted == "all":
             phi = self.inner_loop(theta, support_x, support_y, steps)
             return lambda query_x: self._predict(phi, query_x)

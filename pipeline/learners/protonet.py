@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pipeline.episode import Classifier
-from pipeline.functional import count_ways, prototypes, squared_distances
+from pipeline.functional import nearest_mean
 from pipeline.learners.embedding import EmbeddingLearner
 
 
@@ -12,5 +12,4 @@ class ProtoNet(EmbeddingLearner):
 
     def head(self, support_z: Tensor, support_y: Tensor) -> Classifier:
         """Logits are minus the squared distances to the prototypes (eq. 1-2 of the paper)."""
-        means = prototypes(support_z, support_y, count_ways(support_y))  # (n_way, d)
-        return lambda query_z: -squared_distances(query_z, means)
+        return nearest_mean(support_z, support_y)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from pipeline.annotations import NonNegativeInt, PositiveInt, Ways
 from pipeline.episode import Episode
+from pipeline.errors import UserError
 from pipeline.functional import Params, accuracy
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import GradientLearner
@@ -40,6 +41,10 @@ class Reptile(GradientLearner):
             backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler
         )
         self.make_inner_optimizer, self.inner_batch_size = inner_optimizer, inner_batch_size
+        try:
+            inner_optimizer([nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"learner.inner_optimizer: {error}") from error
 
     def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """`steps` steps of the inner optimiser, each on all of x."""

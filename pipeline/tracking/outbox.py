@@ -36,14 +36,14 @@ class Outbox:
         if self._away:  # of the run that this process resumes: now it is ours
             _write(self.journal, [self._head, *_read(self.journal)[1]])
 
-    def send(self, record: Record, now: bool = False) -> None:
-        """Deliver a record after all that were kept, or keep it.
+    def send(self, record: Record, now: bool = False) -> bool:
+        """Deliver a record after all that were kept, or keep it; false if the store refuses it.
 
         While the server is away it is tried once a minute, or at once with `now`.
         """
         if self._away and not now and time.monotonic() < self._next_try:
             self._keep(record)
-            return
+            return True
         try:
             self._deliver_kept()
             perform(self.client, self.run_id, record)
@@ -52,7 +52,7 @@ class Outbox:
                 if record["kind"] not in self._told:
                     print(_refusal(record, error), file=sys.stderr)
                     self._told.add(record["kind"])
-                return
+                return False
             if not self._away:
                 print(
                     f"tracking: {self.uri} does not answer ({_reason(error)}); training goes on, "
@@ -61,6 +61,7 @@ class Outbox:
                 )
             self._away, self._next_try = True, time.monotonic() + RETRY_SECONDS
             self._keep(record)
+        return True
 
     def _deliver_kept(self) -> None:
         if not self._away:

@@ -120,7 +120,8 @@ class Run:
     def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
         try:
             with self._one_at_a_time:
-                self._outbox.send({"kind": kind, **fields}, now=now)
+                taken = self._outbox.send({"kind": kind, **fields}, now=now)
+            self._lost |= kind == "file" and not taken
         except OSError as error:  # the store is away and the disk does not take it either
             if not self._lost:
                 print(f"tracking: {kind} lost, cannot be kept ({error})", file=sys.stderr)

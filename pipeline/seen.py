@@ -1,0 +1,53 @@
+"""What a training has seen, so that nothing of it is tested on. Floor 4."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.errors import UserError
+from pipeline.scoreboard import FixedEpisodes
+
+
+class Seen(NamedTuple):
+    """What a training has seen; stored with its checkpoints.
+
+    Attributes:
+        source: class of the data set, whose class names mean the same things in it.
+        data: its name.
+        fingerprint: of its pool.
+        classes: names of those of its training and validation split.
+    """
+
+    source: str
+    data: str
+    fingerprint: str
+    classes: list[str]
+
+
+def seen_by(data: EpisodicDataModule) -> Seen:
+    """What a training on this data sees."""
+    names = [data.pool.class_names[c] for s in ("train", "val") for c in data.classes(s)]
+    kind = type(data.source)
+    return Seen(
+        f"{kind.__module__}.{kind.__qualname__}", data.source.name, data.pool.fingerprint, names
+    )
+
+
+def refuse_seen(seen: Seen, sets: Iterable[FixedEpisodes]) -> None:
+    """No class of a test set may have been trained or selected on.
+
+    Raises:
+        UserError: naming the first such class of every set.
+    """
+    problems = {}
+    for test in sets:
+        if seen_by(test.data).source != seen.source:
+            continue
+        names = {test.data.pool.class_names[c] for c in test.data.classes("test")}
+        if shared := sorted(names & set(seen.classes)):
+            problems[test.name] = (
+                f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in the "
+                f"training or validation split of {seen.data}; it cannot test this run"
+            )
+    if problems:
+        raise UserError("\n".join(problems.values()))
