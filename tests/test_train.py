@@ -245,6 +245,21 @@ def test_the_picture_shows_what_was_scored(monkeypatch):
         assert (correct == scored[task]).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("learner", ["protonet", "maml", "reptile"])
+def test_the_same_on_a_gpu(learner):
+    """Trains and tests there; the weights that it wrote score the same on the CPU."""
+    options = [f"learner={learner}", "data.meta_batch_size=2", "also_test=[digits]"]
+    result = run_train(*options, "trainer.accelerator=gpu", "data.augmentation.affine=0.1")
+    run = store.connect().get_run(result["run_id"])
+    assert run.data.tags["device"] == torch.cuda.get_device_name()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        overrides = [f"run={result['run_id']}"]
+        again = evaluate.run(compose_config("evaluate", overrides), overrides)
+    assert again["test/digits_5w1s/acc"] == pytest.approx(result["test/digits_5w1s/acc"], abs=0.02)
+
+
 @pytest.mark.slow
 def test_two_processes_make_one_run(runs_folder):
     """DDP on the CPU: one MLflow run, one table, curves over the episodes of both."""
