@@ -230,6 +230,9 @@ class TorchvisionBackbone(nn.Module):
             self.model = torchvision.models.get_model(name, weights=weights)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"backbone.weights: {weights!r} of {name}: {error}") from error
+        for head in ("AuxLogits", "aux1", "aux2"):  # for training a classifier of ImageNet only
+            if hasattr(self.model, head):
+                setattr(self.model, head, None)
         layers = [(p, m) for p, m in self.model.named_modules() if _outputs(m)]
         path, last = layers[-1]
         if _outputs(last) != 1000:

@@ -45,9 +45,9 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     if resume := [o for o in overrides if o.startswith("resume=")]:
         alone = compose_config(name, resume)
-        if alone.resume == "":
-            raise UserError("resume: found nothing; give the id of a stopped run, or null")
         if alone.resume is not None:
+            if not isinstance(alone.resume, str) or not alone.resume:
+                raise UserError(f"resume: found {alone.resume!r}; give the id of a stopped run")
             return alone
     try:
         return compose_config(name, overrides)
@@ -56,7 +56,7 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
         fitting = compose_config(name, error.fitting)
         try:
-            (config.check if "trainer" in fitting else config.check_root)(fitting)
+            config.check(fitting) if name == "train" else config.check_root(fitting, name)
         except UserError as more:
             raise UserError(f"{error}\n{more}") from error
         raise

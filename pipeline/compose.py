@@ -11,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -105,6 +105,8 @@ def _explain(name: str, fitting: list[str], override: str, error: Exception) -> 
 
 def one_line(error: BaseException) -> str:
     """The message of a Hydra or OmegaConf error without its line breaks and object dumps."""
+    if isinstance(error, OverrideParseException):
+        return "cannot be read; a value with signs or spaces needs quotes: 'KEY=\"VALUE\"'"
     parts = [line.strip() for line in str(error).splitlines() if line.strip()]
     parts = [p for p in parts if not p.startswith(("full_key", "object_type", "reference_type"))]
     return "; ".join(dict.fromkeys(parts))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import hydra
 import pytorch_lightning as pl
 import torch
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Le, Lt, MinLen
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
@@ -34,22 +34,32 @@ _SUPPLIED = {
 """Arguments that `build_*` gives, so that no YAML has to; elsewhere a partial application does."""
 _PARTIAL = {"params", "optimizer"}
 
-_ROOT: dict[str, Any] = {
-    "seed": Annotated[int, Ge(0), Lt(2**32)],
-    "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
-    "also_test": list[str | dict[str, Any]] | None,
-    "published": list[Published],
-    "experiment_name": Annotated[str, MinLen(1)],
-    "run_name": str | None,
-    "resume": str | None,
-    "run": str | None,
-    "checkpoint": str | None,
-    "n_way": Ways | None,
-    "k_shot": PositiveInt | Annotated[list[PositiveInt], MinLen(1)] | None,
-    "n_query": PositiveInt | None,
-    "episodes": PositiveInt | None,
+EPISODIC = parameters(EpisodicDataModule)
+"""Keys of `data` that shape episodes; the others are those of the image source."""
+
+_ROOT: dict[str, dict[str, Any]] = {
+    "train": {
+        "seed": Annotated[int, Ge(0), Lt(2**32)],
+        "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
+        "also_test": list[str | dict[str, Any]],
+        "published": list[Published],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "run_name": str | None,
+        "resume": str | None,
+    },
+    "evaluate": {
+        "run": str | None,
+        "checkpoint": str | None,
+        "n_way": Ways | None,
+        "k_shot": PositiveInt | Annotated[list[PositiveInt], MinLen(1)] | None,
+        "n_query": PositiveInt | None,
+        "episodes": PositiveInt | None,
+        "also_test": list[str | dict[str, Any]] | None,
+    },
+    "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
-"""Keys of train.yaml and evaluate.yaml that belong to no group."""
+"""Keys of the commands that belong to no group."""
+_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"}, "ui": set()}
 
 _RESERVED = {"logger", "callbacks", "max_epochs", "enable_progress_bar", "enable_checkpointing",
              "enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps",
@@ -76,26 +86,32 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     problems = [f"{key}: needs a value (none is given)" for key in missing]
     problems += _node_problems(cfg, "")
-    problems += [*_root_problems(cfg), *_trainer_problems(cfg.trainer)]
+    problems += [*_root_problems(cfg, "train"), *_trainer_problems(cfg.trainer)]
     if not problems:
         problems = list(_cross_field_problems(cfg))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def check_root(cfg: DictConfig) -> None:
-    """Check the keys that belong to no group.
+def check_root(cfg: DictConfig, command: str) -> None:
+    """Check the keys of a command that belong to no group.
 
     Raises:
         UserError: one line for each problem.
     """
-    if problems := list(_root_problems(cfg)):
+    if problems := list(_root_problems(cfg, command)):
         raise UserError("\n".join(problems))
 
 
-def _root_problems(cfg: DictConfig) -> Iterator[str]:
-    for key, annotation in _ROOT.items():
-        if key in cfg and (problem := value_problem(cfg[key], annotation)):
+def _root_problems(cfg: DictConfig, command: str) -> Iterator[str]:
+    known = _ROOT[command]
+    allowed = known.keys() | _GROUPS[command]
+    for key in sorted(map(str, cfg.keys() - allowed)):
+        yield f"{key}: unknown key; allowed are {', '.join(sorted(allowed))}"
+    for key, annotation in known.items():
+        if key not in cfg:
+            yield f"{key}: needs a value (none is given)"
+        elif problem := value_problem(cfg[key], annotation):
             yield f"{key}: found {plain(cfg[key])!r}; {problem}"
 
 
@@ -113,19 +129,19 @@ def _node_problems(node: Any, path: str) -> Iterator[str]:
 def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
     try:
         target = hydra.utils.get_object(node._target_)
+        known = parameters(target)
     except Exception as error:  # whatever an import of the user's own module raises
         yield f"{path}._target_: {node._target_!r} cannot be imported ({_first_line(error)})"
         return
-    known = parameters(target)
     if path == "data":  # an image source and the episodes drawn from it share one flat node
-        known = parameters(EpisodicDataModule) | known
+        known = EPISODIC | known
     supplied = _SUPPLIED.get(path, _PARTIAL)
     given = [str(k) for k in node if not str(k).startswith("_")]
     for key in given:
         if OmegaConf.is_missing(node, key):
             continue
         value = node[key]
-        if key not in known:
+        if key not in known or (key in supplied and key != "cache_dir"):
             allowed = ", ".join(sorted(set(known) - supplied))
             yield f"{path}.{key}: unknown key; allowed are {allowed}"
         elif OmegaConf.is_interpolation(node, key):
@@ -186,17 +202,16 @@ def _trainer_problems(trainer: DictConfig) -> Iterator[str]:
 
 def build_data(data: DictConfig) -> EpisodicDataModule:
     """The data module of a checked `data` node: an image source and the episodes drawn from it."""
-    episodic = {k: data[k] for k in data if k in parameters(EpisodicDataModule)}
+    episodic = {k: data[k] for k in data if k in EPISODIC}
     source = {k: data[k] for k in data if k not in episodic}
     parts = _instantiate(OmegaConf.create(episodic))
-    return EpisodicDataModule(_instantiate(source), **parts)
+    return EpisodicDataModule(_instantiate(OmegaConf.create(source)), **parts)
 
 
 def with_source(data: DictConfig, other: DictConfig, **changes: Any) -> DictConfig:
     """The images of `other` under the episodic settings of `data`."""
-    episodic = parameters(EpisodicDataModule)
-    kept = {k: data[k] for k in data if k in episodic}
-    return OmegaConf.create(kept | {k: other[k] for k in other if k not in episodic} | changes)
+    kept = {k: data[k] for k in data if k in EPISODIC}
+    return OmegaConf.create(kept | {k: other[k] for k in other if k not in EPISODIC} | changes)
 
 
 def build_learner(

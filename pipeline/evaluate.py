@@ -36,7 +36,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.tracking.run import NoRun, existing_run
     from pipeline.tracking.store import find_checkpoint
 
-    config.check_root(cfg)
+    config.check_root(cfg, "evaluate")
     path = find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
     trained = checkpoints.restore_config(path)
     image_shape = tuple(trained.data.image_shape)

@@ -19,7 +19,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _short(name: str, most: int = 28) -> str:
+def _short(name: str, most: int = 34) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
@@ -104,9 +104,10 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
     axis.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.1f} %")
     if cut:
         axis.axhline(most // 2 - 0.5, color="grey", linewidth=1)
-        title += f" (worst and best {most // 2} of {len(ranked)})"
+        title += f"\nworst and best {most // 2} of {len(ranked)} classes"
     axis.set(yticks=range(len(shown)), yticklabels=names, xlabel="accuracy, %", xlim=(0, 100))
-    axis.set_title(title, loc="left")
+    figure.suptitle(title, x=0.01, ha="left")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
-    axis.legend(loc="lower left")
+    figure.legend(loc="outside upper right", frameon=False)
     return figure

@@ -70,6 +70,10 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
             other = compose_config("train", [f"data={given.pop('data', None)}"])
             for key, value in given.items():
                 OmegaConf.update(other.data, key, value)
+            if unfit := given.keys() & config.EPISODIC:
+                problems.append(
+                    f"also_test: {sorted(unfit)[0]}: is that of data for every test set"
+                )
             config.check(other)
             nodes.append(other.data)
         except OmegaConfBaseException as error:

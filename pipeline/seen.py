@@ -12,7 +12,7 @@ class Seen(NamedTuple):
     """What a training has seen; stored with its checkpoints.
 
     Attributes:
-        source: class of the data set, whose class names mean the same things in it.
+        source: kind of data set; within it, a name stands for the same class everywhere.
         data: its name.
         fingerprint: of its pool.
         classes: names of those of its training and validation split.
@@ -22,6 +22,10 @@ class Seen(NamedTuple):
     data: str
     fingerprint: str
     classes: list[str]
+
+    def same_as(self, other: "Seen") -> bool:
+        """Whether images and classes are the same, wherever they lie now."""
+        return (self.fingerprint, self.classes) == (other.fingerprint, other.classes)
 
 
 def seen_by(data: EpisodicDataModule) -> Seen:
@@ -47,7 +51,8 @@ def refuse_seen(seen: Seen, sets: Iterable[FixedEpisodes]) -> None:
         if shared := sorted(names & set(seen.classes)):
             problems[test.name] = (
                 f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in the "
-                f"training or validation split of {seen.data}; it cannot test this run"
+                f"training or validation split of {seen.data}; it cannot test this "
+                "run (if it is another class of the same name, rename it)"
             )
     if problems:
         raise UserError("\n".join(problems.values()))

@@ -62,6 +62,8 @@ def _converted(plain: Any, parsed: Any) -> bool:
     """Whether a value had to be turned into another type to fit: the user meant something else."""
     if isinstance(plain, list) and isinstance(parsed, list | tuple):
         return any(map(_converted, plain, parsed))
+    if isinstance(plain, dict) and isinstance(parsed, dict):
+        return any(_converted(plain[key], value) for key, value in parsed.items())
     return isinstance(plain, bool | str | float) and type(parsed) is not type(plain)
 
 

@@ -1,7 +1,7 @@
 """`python -m pipeline.train`: fit, keep what validates best, test it once. Floor 5."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,16 +43,17 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.tracking.store import find_checkpoint
 
     resume = cfg.resume
-    if resume:
-        cfg = checkpoints.restore_config(find_checkpoint(resume, "last"), overrides)
+    last = find_checkpoint(resume, "last") if resume else None
+    if last:
+        cfg = checkpoints.restore_config(last, overrides)
     config.check(cfg)
     options = config.build_trainer_options(cfg)
-    others = other_sources(cfg.also_test)
+    others = other_sources(cfg.also_test or [])
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
     sets = make_test_sets(cfg, data, others, cfg.test_k_shot)
     seen = seen_by(data)
-    if resume and seen != checkpoints.stored_seen(find_checkpoint(resume, "last")):
+    if last and not seen.same_as(checkpoints.stored_seen(last)):
         raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
     refuse_seen(seen, sets)
     main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0])
@@ -76,7 +77,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         step = 0
         if "optimizer" in cfg.learner:
             provenance = checkpoints.Provenance(resolved, seen)
-            best = _fit(learner, data, options, provenance, tracked, resume)
+            best_before = partial(find_checkpoint, resume, "best")
+            best = _fit(learner, data, options, provenance, tracked, last, best_before)
             if not first:
                 return {}
             step = checkpoints.load_weights(learner, best)
@@ -103,18 +105,22 @@ def _fit(
     options: dict[str, Any],
     provenance: "pl.Callback",
     tracked: "Run",
-    resume: str | None,
+    start: Path | None,
+    best_before: Callable[[], Path],
 ) -> Path:
-    """Fit with Lightning; returns the path of the checkpoint with the best val/acc.
+    """Fit with Lightning, from a last checkpoint or from scratch; the learner stays on its device.
 
-    The learner stays on the device that it was trained on.
+    Args:
+        best_before: finds the best checkpoint of a run that goes on.
+
+    Returns:
+        Path of the checkpoint with the best val/acc.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from pipeline.checkpoints import bring
     from pipeline.progress import RunLogger, progress_callbacks
-    from pipeline.tracking.store import find_checkpoint
 
     folder = tracked.checkpoint_dir
     keep = partial(
@@ -124,11 +130,8 @@ def _fit(
         enable_version_counter=False,
     )
     best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
-    start = None
-    if resume:  # its best checkpoint must be at hand too: no later one may be better
-        if tracked.run_id:
-            bring(find_checkpoint(resume, "best"), folder / "best.ckpt")
-        start = str(find_checkpoint(resume, "last"))
+    if start and tracked.run_id:  # no later checkpoint may be better than the best one so far
+        bring(best_before(), folder / "best.ckpt")
     trainer = pl.Trainer(
         **options,
         logger=RunLogger(tracked),

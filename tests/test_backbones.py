@@ -116,20 +116,22 @@ def test_torchvision_models_need_rgb_and_a_known_name():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The default weight init")  # torchvision on GoogLeNet
+@pytest.mark.filterwarnings("ignore:The default weight init")  # says torchvision
 @pytest.mark.parametrize(
     ("name", "size"),
     [
         ("resnet18", 32), ("mobilenet_v3_small", 32), ("squeezenet1_1", 32), ("densenet121", 32),
-        ("efficientnet_b0", 32), ("shufflenet_v2_x0_5", 32), ("vgg11", 32), ("googlenet", 64),
+        ("efficientnet_b0", 32), ("shufflenet_v2_x0_5", 32), ("vgg11", 32), ("googlenet", 64), ("inception_v3", 96),
         ("alexnet", 64), ("convnext_tiny", 32), ("swin_t", 64), ("vit_b_16", 224),
     ],
 )  # fmt: skip
 def test_torchvision_classifiers_embed(name, size):
     cfg = compose_config("train", ["backbone=torchvision", f"backbone.name={name}"])
     backbone = config.build_learner(cfg, (3, size, size)).eval().backbone
-    with torch.no_grad():
-        assert backbone(torch.rand(2, 3, size, size)).shape == (2, backbone.out_dim)
+    for mode in (True, False):
+        with torch.no_grad():
+            out = backbone.train(mode)(torch.rand(2, 3, size, size))
+        assert out.shape == (2, backbone.out_dim)
 
 
 def test_one_value_a_channel_is_its_own_mean():

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,15 @@ def test_help_imports_nothing_heavy():
             ["also_test: data=nonsense: no such option", "also_test: data=rubbish: no such option"],
         ),
         ("pipeline.train resume=nonsense", ["run: no run 'nonsense'"]),
-        ("pipeline.train resume= learner=maml", ["resume: found nothing; give the id of a stopped"]),
+        ("pipeline.train resume= learner=maml", ["resume: found ''; give the id of a stopped"]),
+        ("pipeline.train resume=5", ["resume: found 5; give the id of a stopped"]),
+        ("pipeline.train data.root=~/photos", ["data.root=~/photos: cannot be read; a value with"]),
+        ("pipeline.train also_test=[{data:digits,n_way:10}]", ["also_test: n_way: is that of data"]),
+        ("pipeline.train also_test=null", ["also_test: found None; Input should be a valid list"]),
+        ("pipeline.train +n_way=3", ["n_way: unknown key; allowed are also_test, backbone, data,"]),
+        ("pipeline.train +backbone.image_size=64", ["backbone.image_size: unknown key; allowed are"]),
+        ("pipeline.train learner._target_=pipeline.learners.protonet",
+         ["learner._target_: 'pipeline.learners.protonet' cannot be"]),
         ("pipeline.train experiment=typo", ["experiment=typo: no such option; experiment can be"]),
         ("pipeline.train learner=null", ["learner=null: no such option; learner can be anil,"]),
         ("pipeline.train +data=digits", ["+data=digits: write data=digits"]),
@@ -150,7 +159,7 @@ def test_readme_commands_compose():
     assert len(lines) >= 6
     for command, rest in lines:
         cfg = compose_config(command, rest.split("#")[0].split())
-        (config.check if command == "train" else config.check_root)(cfg)
+        (config.check if command == "train" else partial(config.check_root, command=command))(cfg)
 
 
 def test_readme_tour_by_subprocess(shell):

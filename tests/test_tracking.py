@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from omegaconf import OmegaConf
 
 from pipeline import ui
@@ -105,6 +107,25 @@ def test_what_mlflow_refuses_is_said_and_stops_nothing(capsys):
     assert "tracking: MLflow refused tags (Invalid value" in capsys.readouterr().err
     stored = store.connect().get_run(run.run_id)
     assert (stored.info.status, stored.data.metrics["x"]) == ("FINISHED", 1)
+
+
+@pytest.mark.usefixtures("runs_folder")
+@pytest.mark.parametrize("away", [False, True], ids=["at once", "when it is back"])
+def test_checkpoints_that_mlflow_refuses_stay_here(away, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MlflowException("no such file", error_code=INVALID_PARAMETER_VALUE)
+
+    with tracked() as run:
+        run.checkpoint_dir.mkdir(parents=True)
+        (run.checkpoint_dir / "best.ckpt").write_text("weights")
+        monkeypatch.setattr("mlflow.MlflowClient.log_artifact", refuse)
+        if away:
+            run._outbox.client = Unreliable(run._outbox.client)
+            run._outbox.client.plugged = False
+            run.log_file(run.checkpoint_dir / "best.ckpt", "checkpoints")
+            run._outbox.client.plugged = True
+    assert store.connect().get_run(run.run_id).info.status == "FINISHED"
+    assert (run.checkpoint_dir / "best.ckpt").read_text() == "weights"
 
 
 @pytest.mark.usefixtures("runs_folder")

@@ -27,7 +27,8 @@ class MetaLearner(pl.LightningModule, ABC):
         optimizer: of the outer loop, from parameters (any of torch.optim, partially applied);
             None if there is nothing to train.
         scheduler: of its rate, stepped once a training step (ReduceLROnPlateau: once a validation,
-            by val/loss); None keeps the rate.
+            by val/loss, of which a resumed run misses the one it was stopped after); None keeps
+            the rate.
     """
 
     def __init__(

@@ -30,29 +30,30 @@ class Outbox:
         self.client, self.run_id, self.uri = client, run_id, uri
         self.journal = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
-        self._next_try, self._told = 0.0, set[str]()
+        self.refused = set[str]()  # kinds of records that the store did not want
+        self._next_try = 0.0
         self._head = {"uri": uri, "pid": os.getpid(), "host": socket.gethostname()}
         self._away = self.journal.exists()
         if self._away:  # of the run that this process resumes: now it is ours
             _write(self.journal, [self._head, *_read(self.journal)[1]])
 
-    def send(self, record: Record, now: bool = False) -> bool:
-        """Deliver a record after all that were kept, or keep it; false if the store refuses it.
+    def send(self, record: Record, now: bool = False) -> None:
+        """Deliver a record after all that were kept, or keep it.
 
         While the server is away it is tried once a minute, or at once with `now`.
         """
         if self._away and not now and time.monotonic() < self._next_try:
             self._keep(record)
-            return True
+            return
         try:
             self._deliver_kept()
             perform(self.client, self.run_id, record)
         except Exception as error:  # tracking must not stop training, whatever the store raises
             if _refused(error):
-                if record["kind"] not in self._told:
+                if record["kind"] not in self.refused:
                     print(_refusal(record, error), file=sys.stderr)
-                    self._told.add(record["kind"])
-                return False
+                    self.refused.add(record["kind"])
+                return
             if not self._away:
                 print(
                     f"tracking: {self.uri} does not answer ({_reason(error)}); training goes on, "
@@ -61,12 +62,11 @@ class Outbox:
                 )
             self._away, self._next_try = True, time.monotonic() + RETRY_SECONDS
             self._keep(record)
-        return True
 
     def _deliver_kept(self) -> None:
         if not self._away:
             return
-        for line in deliver(self.client, self.journal):
+        for line in deliver(self.client, self.journal, self.refused):
             print(line, file=sys.stderr)
         self._away = False
 
@@ -82,17 +82,21 @@ class Outbox:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
-    """Send what a journal holds, in order, and remove it; says so in a line if it held any."""
+def deliver(client: "MlflowClient", journal: Path, refused: set[str]) -> Iterator[str]:
+    """Send what a journal holds, in order, and remove it; says so in a line if it held any.
+
+    Adds to `refused` the kinds of records that the store did not want.
+    """
     run_id = journal.stem
     head, records = _read(journal)
-    refused = 0
+    sent = len(records)
     for i, record in enumerate(records):
         try:
             perform(client, run_id, record)
         except BaseException as error:  # Ctrl-C too
             if _refused(error):  # and would be the next time: the rest must not wait for it
-                refused += 1
+                refused.add(record["kind"])
+                sent -= 1
                 yield _refusal(record, error)
                 continue
             _write(journal, [head, *records[i:]])  # what was sent must not be sent twice
@@ -100,7 +104,7 @@ def deliver(client: "MlflowClient", journal: Path) -> Iterator[str]:
     journal.unlink()
     shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
     if records:
-        yield f"tracking: sent {len(records) - refused} kept records of run {run_id}"
+        yield f"tracking: sent {sent} kept records of run {run_id}"
 
 
 def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
@@ -112,7 +116,7 @@ def deliver_orphans(client: "MlflowClient", uri: str, folder: Path) -> None:
         if head and _in_use(journal, head):
             continue
         try:
-            for line in deliver(client, journal):
+            for line in deliver(client, journal, set()):
                 print(line, file=sys.stderr)
         except Exception as error:  # still away, or the run is gone: keep it for the next time
             print(f"tracking: {journal} could not be sent ({_reason(error)})", file=sys.stderr)

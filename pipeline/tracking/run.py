@@ -104,7 +104,8 @@ class Run:
         for file in sorted(self.checkpoint_dir.glob("*.ckpt")):
             self.log_file(file, "checkpoints")
         self._send("status", now=True, status=status, time=int(time.time() * 1000))
-        if status == "FINISHED" and not (self._lost or self._outbox.journal.exists()):
+        unsent = self._lost or self._outbox.journal.exists() or "file" in self._outbox.refused
+        if status == "FINISHED" and not unsent:
             for file in self.checkpoint_dir.glob("*.ckpt"):
                 file.unlink()
             with suppress(OSError):
@@ -120,8 +121,7 @@ class Run:
     def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
         try:
             with self._one_at_a_time:
-                taken = self._outbox.send({"kind": kind, **fields}, now=now)
-            self._lost |= kind == "file" and not taken
+                self._outbox.send({"kind": kind, **fields}, now=now)
         except OSError as error:  # the store is away and the disk does not take it either
             if not self._lost:
                 print(f"tracking: {kind} lost, cannot be kept ({error})", file=sys.stderr)
