@@ -22,40 +22,41 @@ def folder(root: Path, **options: Any) -> ImageFolder:
 
 
 @pytest.fixture
-def five_classes(tmp_path: Path) -> Path:
+def six_classes(tmp_path: Path) -> Path:
     root = tmp_path / "root"
-    for i, name in enumerate(["a b", "ä", "c.d", "E", "f"]):
+    for i, name in enumerate(["a b", "ä", "c.d", "E", "f", "g"]):
         save(root / name / "1.png", picture(i, size=(20, 10)))
         save(root / name / "inner" / "2.JPG", picture(i))
     save(root / "loose.png")
     return root
 
 
-def test_image_folder_loads_classes_of_any_depth_and_name(five_classes: Path) -> None:
-    pool, splits = folder(five_classes).load()
-    assert pool.images.shape == (10, 3, 8, 8)
-    assert set(pool.class_names) == {"a b", "ä", "c.d", "E", "f"}
+def test_image_folder_loads_classes_of_any_depth_and_name(six_classes: Path) -> None:
+    pool, splits = folder(six_classes).load()
+    assert pool.images.shape == (12, 3, 8, 8)
+    assert set(pool.class_names) == {"a b", "ä", "c.d", "E", "f", "g"}
     assert set(Counter(pool.labels.tolist()).values()) == {2}
-    assert [len(splits[s]) for s in ("train", "val", "test")] == [3, 1, 1]
-    assert folder(five_classes, channels=1).load().pool.image_shape == (1, 8, 8)
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [2, 2, 2]
+    assert folder(six_classes, channels=1).load().pool.image_shape == (1, 8, 8)
 
 
 def test_the_shorter_side_fits_and_the_centre_is_cropped(tmp_path: Path) -> None:
     wide = Image.new("L", (32, 8), 0)
     wide.paste(255, (12, 0, 20, 8))  # the centre square
-    save(tmp_path / "root" / "a" / "1.png", wide)
+    for name in "ab":
+        save(tmp_path / "root" / name / "1.png", wide)
     pool, splits = folder(tmp_path / "root", channels=1, fractions=[1.0, 0.0, 0.0]).load()
     assert (pool.images == 255).all()
-    assert splits == {"train": ["a"], "val": [], "test": []}
+    assert splits == {"train": ["a", "b"], "val": [], "test": []}
 
 
 @pytest.mark.parametrize(
     ("n", "fractions", "sizes"),
     [
-        (5, [0.6, 0.2, 0.2], [3, 1, 1]),
-        (3, [0.9, 0.05, 0.05], [1, 1, 1]),
-        (10, [0.7, 0.1, 0.2], [7, 1, 2]),
-        (10, [0.98, 0.01, 0.01], [8, 1, 1]),
+        (8, [0.6, 0.2, 0.2], [4, 2, 2]),
+        (6, [0.9, 0.05, 0.05], [2, 2, 2]),
+        (10, [0.7, 0.1, 0.2], [6, 2, 2]),
+        (10, [0.98, 0.01, 0.01], [6, 2, 2]),
         (7, [0.5, 0.0, 0.5], [4, 0, 3]),
         (4, [0.0, 0.0, 1.0], [0, 0, 4]),
     ],
@@ -75,21 +76,21 @@ def test_the_split_seed_matters() -> None:
 
 
 @pytest.mark.parametrize("fractions", [[0.5, 0.5], [0.5, 0.6, -0.1], [0.5, 0.2, 0.2]])
-def test_bad_fractions_are_refused(fractions: list[float], five_classes: Path) -> None:
+def test_bad_fractions_are_refused(fractions: list[float], six_classes: Path) -> None:
     with pytest.raises(UserError, match=r"data\.fractions=.*expected"):
-        folder(five_classes, fractions=fractions).load()
+        folder(six_classes, fractions=fractions).load()
 
 
 def test_too_few_classes_for_the_fractions(tmp_path: Path) -> None:
     save(tmp_path / "root" / "a" / "1.png")
-    with pytest.raises(UserError, match=r"3 splits need a class each.*has only 1"):
+    with pytest.raises(UserError, match=r"3 splits need two classes each.*has only 1"):
         folder(tmp_path / "root").load()
 
 
-def test_a_split_file_decides(five_classes: Path, tmp_path: Path) -> None:
+def test_a_split_file_decides(six_classes: Path, tmp_path: Path) -> None:
     file = tmp_path / "split.json"
     file.write_text(json.dumps({"train": ["f", "ä"], "test": ["E"]}))
-    pool, splits = folder(five_classes, split_file=str(file)).load()
+    pool, splits = folder(six_classes, split_file=str(file)).load()
     assert splits == {"train": ["f", "ä"], "val": [], "test": ["E"]}
     assert set(pool.class_names) == {"f", "ä", "E"}
 
@@ -105,23 +106,23 @@ def test_a_split_file_decides(five_classes: Path, tmp_path: Path) -> None:
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_bad_split_files(text: str, message: str, five_classes: Path, tmp_path: Path) -> None:
+def test_bad_split_files(text: str, message: str, six_classes: Path, tmp_path: Path) -> None:
     file = tmp_path / "split.json"
     file.write_text(text)
     with pytest.raises(UserError, match=rf"data\.split_file=.*{message}"):
-        folder(five_classes, split_file=str(file)).load()
+        folder(six_classes, split_file=str(file)).load()
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        folder(five_classes, split_file=str(tmp_path / "absent.json")).load()
+        folder(six_classes, split_file=str(tmp_path / "absent.json")).load()
 
 
-def test_folders_that_are_no_image_folder(five_classes: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_image_folder(six_classes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root=.*absent: not found; expected one folder"):
         folder(tmp_path / "absent").load()
     with pytest.raises(UserError, match="not a folder"):
-        folder(five_classes / "loose.png").load()
+        folder(six_classes / "loose.png").load()
     with pytest.raises(UserError, match="no class folders"):
-        folder(five_classes / "f" / "inner").load()
-    (five_classes / "vacant").mkdir()
-    (five_classes / "vacant" / "notes.txt").write_text("")
+        folder(six_classes / "f" / "inner").load()
+    (six_classes / "vacant").mkdir()
+    (six_classes / "vacant" / "notes.txt").write_text("")
     with pytest.raises(UserError, match="class folder 'vacant' holds no image"):
-        folder(five_classes).load()
+        folder(six_classes).load()

@@ -17,8 +17,8 @@ NAMES = sorted(path.stem for path in (PROJECT / "conf/data").glob("*.yaml"))
 
 
 def folders(root: Path) -> list[str]:
-    for i in range(9):
-        save(root / f"class {i % 3}" / f"{i}.png", picture(i))
+    for i in range(18):
+        save(root / f"class {i % 6}" / f"{i}.png", picture(i))
     return [f"data.root={root}", "data.image_size=16"]
 
 

@@ -28,7 +28,7 @@ class ImageFolder:
         root: the folder.
         image_size: H = W; the shorter side is resized to it, then the centre is cropped.
         channels: 1 for grey, 3 for RGB. Transparent images are put on white.
-        fractions: of the classes for train, val and test; a fraction above 0 gets one at least.
+        fractions: of the classes for train, val and test; a fraction above 0 gets two at least.
         split_seed: shuffles the classes.
         split_file: JSON `{"train": [CLASS, ...], "val": [...], "test": [...]}` used instead of
             `fractions` and `split_seed`; classes it does not name are left out.
@@ -113,7 +113,8 @@ def split_by_fractions(
 ) -> dict[str, list[str]]:
     """Deal classes out to train, val and test, the same way on every machine.
 
-    Sizes are rounded by largest remainder, then each fraction above 0 gets one class at least.
+    Sizes are rounded by largest remainder, then each fraction above 0 gets the two classes that a
+    task has at least.
 
     Raises:
         UserError: if the fractions are not three that add up to 1, or there are too few classes.
@@ -122,10 +123,10 @@ def split_by_fractions(
         raise UserError(
             f"data.fractions={list(fractions)}: expected train, val and test, each 0..1, sum 1"
         )
-    needed = sum(f > 0 for f in fractions)
-    if len(classes) < needed:
+    used = sum(f > 0 for f in fractions)
+    if len(classes) < 2 * used:
         raise UserError(
-            f"data.fractions={list(fractions)}: {needed} splits need a class each, but data.root "
+            f"data.fractions={list(fractions)}: {used} splits need two classes each, but data.root "
             f"has only {len(classes)}"
         )
     exact = [f * len(classes) for f in fractions]
@@ -135,9 +136,9 @@ def split_by_fractions(
     for i in by_remainder[: len(classes) - sum(sizes)]:
         sizes[i] += 1
     for i in range(3):
-        if fractions[i] > 0 and sizes[i] == 0:
+        while fractions[i] > 0 and sizes[i] < 2:
             sizes[sizes.index(max(sizes))] -= 1
-            sizes[i] = 1
+            sizes[i] += 1
     order = sorted(classes, key=lambda c: hashlib.sha256(f"{seed}/{c!a}".encode()).digest())
     first, second = sizes[0], sizes[0] + sizes[1]
     parts = (order[:first], order[first:second], order[second:])
