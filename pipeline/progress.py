@@ -70,6 +70,17 @@ class Throughput(Callback):
         pl_module.log("train/episodes_per_s", rate, prog_bar=True)
 
 
+class StepBar(RichProgressBar):
+    """Lightning's bar from validation to validation, with steps instead of epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"after step {self.trainer.global_step} of {self.trainer.max_steps}"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Without the end of the run's id."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
 class LineProgress(Callback):
     """One line a validation: step, loss, accuracies, speed and time left."""
 
@@ -113,5 +124,5 @@ class Slow:
 
 def progress_callbacks() -> list[Callback]:
     """Throughput, and the form of progress that fits where the output goes."""
-    shown = RichProgressBar() if sys.stdout.isatty() else LineProgress()
+    shown = StepBar() if sys.stdout.isatty() else LineProgress()
     return [Throughput(), shown]

@@ -1,5 +1,6 @@
 """`python -m pipeline.train`: fit, keep what validates best, test it once. Floor 5."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -95,7 +96,7 @@ def _resolved(cfg: DictConfig, image_shape: Sequence[int]) -> dict[str, Any]:
     for node in (resolved["data"], *others):
         for key in ("root", "split_file"):
             if path := node.get(key):
-                node[key] = str(Path(path).expanduser().absolute())
+                node[key] = os.path.abspath(Path(path).expanduser())
     return resolved
 
 
