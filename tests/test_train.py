@@ -50,7 +50,7 @@ def test_a_run_leaves_what_a_user_needs(capsys):
     run = client.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "MAML glyphs"
-    assert run.data.params["learner.inner_lr"] == "0.4"
+    assert run.data.params["learner.inner_lr"] == "0.2"
     assert run.data.params["data.train_n_way"] == "5"
     tags = run.data.tags
     assert tags["protocol"] == "transductive"

@@ -1,5 +1,6 @@
 """One run: what is written to it, and how it is opened and closed."""
 
+import getpass
 import json
 import platform
 import signal
@@ -212,12 +213,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    tags = {"host": socket.gethostname(), "version.python": platform.python_version()}
+    tags = {
+        "host": socket.gethostname(),
+        "version.python": platform.python_version(),
+        "mlflow.source.type": "LOCAL",  # these three have a place of their own in MLflow's UI
+        "mlflow.source.name": Path(sys.argv[0]).name,
+    }
+    with suppress(OSError, KeyError):  # a user id without a name
+        tags["mlflow.user"] = getpass.getuser()
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             tags[f"version.{package}"] = metadata.version(package)
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        tags["git.commit"] = _git("rev-parse", "HEAD")
+        tags["git.commit"] = tags["mlflow.source.git.commit"] = _git("rev-parse", "HEAD")
         tags["git.dirty"] = str(bool(_git("status", "--porcelain"))).lower()
     return tags
 

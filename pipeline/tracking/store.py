@@ -1,5 +1,6 @@
 """Where runs are kept: the MLflow store, made on first use and opened with care."""
 
+import json
 import logging
 import os
 import tempfile
@@ -16,6 +17,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_VIEW = "comparison"
 MLRUNS = Path(os.environ.get("PIPELINE_MLRUNS") or PROJECT / "mlruns").absolute()
 
 
@@ -121,6 +123,21 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
             f"experiment_name: {name!r} was deleted in MLflow; restore it or take another"
         )
     return found.experiment_id
+
+
+def share_view(client: "MlflowClient", experiment: str) -> str:
+    """Save the columns that compare runs as a view of the runs table, which hides metrics.
+
+    Returns:
+        The path of the view in MLflow's UI.
+    """
+    columns = [
+        f"metrics.`{key}`" for key in ("test/acc", "test/acc_ci95", "test/floor_acc", "val/acc")
+    ]
+    columns += ["tags.`protocol`", "tags.`data`", "attributes.`Duration`"]
+    view = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": columns}
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={_VIEW}"
 
 
 def existing(client: "MlflowClient", run_id: str) -> str:
