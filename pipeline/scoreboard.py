@@ -181,8 +181,8 @@ def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) 
 def metrics(
     results: Iterable[Result], main: FixedEpisodes | None, learner: str
 ) -> dict[str, float]:
-    """`test/SET_NwKs/acc`, `acc_ci95` and `floor_acc` in 0..1; of the main set as `test/acc` too."""
-    out = {}
+    """`test/SET_NwKs/acc`, `acc_ci95`, `floor_acc` in 0..1; of the main set as `test/acc` too."""
+    out: dict[str, float] = {}
     for result in results:
         mean, ci95 = result.scores.interval()
         for prefix in [f"test/{result.test.key}/"] + ["test/"] * (result.test is main):
