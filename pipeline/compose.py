@@ -89,10 +89,12 @@ def _explain(name: str, fitting: list[str], override: str, error: Exception) -> 
     key, value = _split(override)
     if (options := _groups().get(key)) and value not in options:
         return f"no such option; {key} can be {', '.join(options)}"
-    if options:  # the sign is wrong: + adds a group that a command has not
-        sign = "" if override.startswith("+") else "+"
-        return f"write {sign}{key}={value}"
-    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
+    unknown = isinstance(error, ConfigCompositionException) and "Could not override" in str(error)
+    if options and unknown:
+        return f"write +{key}={value}"  # + adds a group that a command has not
+    if options and override.startswith("+"):
+        return f"write {key}={value}"
+    if unknown:
         parent, _, last = key.rpartition(".")
         node = (
             OmegaConf.select(compose(name, fitting), parent) if parent else compose(name, fitting)

@@ -71,9 +71,8 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
             for key, value in given.items():
                 OmegaConf.update(other.data, key, value)
             if unfit := given.keys() & config.EPISODIC:
-                problems.append(
-                    f"also_test: {sorted(unfit)[0]}: is that of data for every test set"
-                )
+                key = sorted(unfit)[0]
+                problems.append(f"also_test: {key}: all test sets take that of data.{key}")
             config.check(other)
             nodes.append(other.data)
         except OmegaConfBaseException as error:

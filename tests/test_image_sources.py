@@ -134,7 +134,7 @@ def test_cifar_splits_share_a_cache_and_cover_all_classes(tmp_path: Path) -> Non
     save(root / "of no class" / "1.png")
     pools = []
     for name, sizes in (("cifar_fs", [64, 16, 20]), ("fc100", [60, 20, 20])):
-        source = Cifar(name, str(root), cache)  # type: ignore[arg-type]
+        source = Cifar(name, str(root), cache)  # type: ignore[arg-type]  # a literal in a loop
         pool, splits = source.load()
         assert source.name == name
         assert [len(splits[s]) for s in ("train", "val", "test")] == sizes

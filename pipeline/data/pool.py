@@ -194,7 +194,7 @@ def _put_in_place(work: Path, target: Path) -> None:
         work.rename(target)
     except OSError as error:
         if not (target / "meta.json").exists():  # not a lost race
-            raise UserError(f"{target}: is in the way of a cache and none; remove it") from error
+            raise UserError(f"{target}: is in the way of a cache; remove it") from error
 
 
 def _allocate(file: Path, shape: tuple[int, int, int, int]) -> np.ndarray:

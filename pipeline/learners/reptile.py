@@ -52,7 +52,7 @@ class Reptile(GradientLearner):
 
     def _descend(self, theta: Params, batches: Iterable[tuple[Tensor, Tensor]]) -> Params:
         phi = {k: v.detach().clone() for k, v in theta.items()}
-        optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]
+        optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # any iterable
         for x, y in batches:
             gradient = torch.func.grad(self.inner_loss)(phi, x, y)
             for k, v in phi.items():
