@@ -1,78 +1,22 @@
-"""Backbones: plain modules from images (m, C, H, W) to embeddings (m, out_dim). Floor 1.
+"""Backbones: plain modules from images (m, C, H, W) to embeddings (m, out_dim). Floor 1."""
 
-`norm` is explicit everywhere:
-    batch        running statistics: inductive
-    batch_stats  statistics of the batch at hand: transductive, what the MAML papers did
-    group        group norm in up to 8 groups of 4 channels or more: inductive, no statistics kept
-    none         no norm
-"""
-
-import math
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt, Probability
+from pipeline.blocks import Downsample, Norm, conv_block, make_norm
 from pipeline.errors import UserError
-
-Norm = Literal["batch", "batch_stats", "group", "none"]
-
-
-class BatchStatsNorm(nn.Module):
-    """Batch norm by the statistics of the batch at hand, in training and evaluation alike.
-
-    Written from var_mean and rsqrt, which is exact in every mode: torch's fused batch norm gives
-    wrong second-order gradients under vmap (they disagree with finite differences). It is right
-    and 1.5 times faster on a CPU where tasks are looped over: such a caller sets `fused`.
-    """
-
-    fused = False
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(m, C, ...) -> the same shape."""
-        if self.fused and x.numel() > x.shape[1]:  # torch refuses one value a channel
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        dims = [0, *range(2, x.dim())]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        var, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
-        scale = self.weight.view(shape) * torch.rsqrt(var + self.eps)
-        return x * scale + (self.bias.view(shape) - mean * scale)
-
-
-def make_norm(norm: Norm, channels: int, dims: int = 2) -> nn.Module:
-    """A norm layer for (m, channels, ...) with `dims` spatial dimensions (0 or 2)."""
-    match norm:
-        case "batch":
-            return nn.BatchNorm2d(channels) if dims else nn.BatchNorm1d(channels)
-        case "batch_stats":
-            return BatchStatsNorm(channels)
-        case "group":
-            most = min(8, max(1, channels // 4))  # a group of one value would be its bias
-            return nn.GroupNorm(math.gcd(channels, most), channels)
-        case "none":
-            return nn.Identity()
-
-
-def is_transductive(module: nn.Module) -> bool:
-    """Whether an output depends on the other images of its batch in evaluation."""
-    return any(isinstance(part, BatchStatsNorm) for part in module.modules())
 
 
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, norm, ReLU and a halving, as in Vinyals et al. 2016.
 
     The halving is a max-pool (MatchingNet, ProtoNet, MAML on miniImageNet) or the stride of the
-    convolution (MAML on Omniglot; Finn et al. 2017, App. A.1). Pooling stands before ReLU, which
-    gives the same numbers from a quarter of the elements. The output is flattened.
+    convolution (MAML on Omniglot; Finn et al. 2017, App. A.1). The output is
+    flattened.
     """
 
     def __init__(
@@ -81,7 +25,7 @@ class Conv4(nn.Module):
         image_size: int,
         width: PositiveInt,
         norm: Norm,
-        downsample: Literal["max_pool", "stride"],
+        downsample: Downsample,
     ) -> None:
         super().__init__()
         if downsample == "max_pool" and image_size < 16:
@@ -89,15 +33,11 @@ class Conv4(nn.Module):
                 f"backbone.downsample: four max-pools need images of 16 px or more, found "
                 f"{image_size}; use backbone.downsample=stride"
             )
-        stride = 2 if downsample == "stride" else 1
         blocks: list[nn.Module] = []
         channels, size = in_channels, image_size
-        for _ in range(4):
-            block = [nn.Conv2d(channels, width, 3, stride, padding=1), make_norm(norm, width)]
-            if downsample == "max_pool":
-                block.append(nn.MaxPool2d(2))
-            blocks.append(nn.Sequential(*block, nn.ReLU()))
-            channels, size = width, (size + 1) // 2 if stride == 2 else size // 2
+        for i in range(4):
+            blocks.append(conv_block(channels, width, norm, downsample, first=i == 0))
+            channels, size = width, (size + 1) // 2 if downsample == "stride" else size // 2
         self.blocks = nn.Sequential(*blocks)
         self.out_dim = width * size * size
         self.to(memory_format=torch.channels_last)  # 1.5 times faster on a CPU

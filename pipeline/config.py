@@ -40,6 +40,7 @@ EPISODIC = parameters(EpisodicDataModule)
 _ROOT: dict[str, dict[str, Any]] = {
     "train": {
         "seed": Annotated[int, Ge(0), Lt(2**32)],
+        "compile": bool,
         "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
         "also_test": list[str | dict[str, Any]],
         "published": list[Published],

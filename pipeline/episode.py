@@ -10,7 +10,7 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 class Episode(NamedTuple):
-    """One task, or a meta-batch of tasks with a leading tasks axis on every field.
+    """One task, or a meta-batch of tasks with a leading tasks axis on every tensor.
 
     Images are uint8 as the loader yields them and float once they are on the device.
 
@@ -19,7 +19,8 @@ class Episode(NamedTuple):
         support_y: (n_way*k_shot,) int64, classes 0..n_way-1 of this task.
         query_x: (n_way*n_query, C, H, W) images to classify.
         query_y: (n_way*n_query,) int64.
-        id: () int64, the episode's index in its stream.
+        id: () int64, the episode's index in its stream; stays on the CPU.
+        n_way: the same for all tasks of a meta-batch; a number, so that no device is asked.
     """
 
     support_x: Tensor
@@ -27,7 +28,23 @@ class Episode(NamedTuple):
     query_x: Tensor
     query_y: Tensor
     id: Tensor
+    n_way: int
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Episode":
+        """The function of every tensor."""
+        return Episode(
+            function(self.support_x),
+            function(self.support_y),
+            function(self.query_x),
+            function(self.query_y),
+            function(self.id),
+            self.n_way,
+        )
 
     def tasks(self) -> "list[Episode]":
         """The tasks of a meta-batch, each without the tasks axis."""
-        return [Episode(*fields) for fields in zip(*self, strict=True)]
+        return [self.each(lambda field, i=i: field[i]) for i in range(len(self.id))]  # type: ignore[misc]  # mypy cannot infer a default
+
+    def part(self, tasks: slice) -> "Episode":
+        """Some tasks of a meta-batch."""
+        return self.each(lambda field: field[tasks])

@@ -30,6 +30,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     import torch
 
     from pipeline import checkpoints, config, reporting
+    from pipeline.engine import keep_freed_memory
     from pipeline.learners.gradient import GradientLearner
     from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.seen import refuse_seen
@@ -57,6 +58,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"n_way: found {cfg.n_way}, but the head of this {learner.label} was trained for "
             f"{learner.n_way}; an embedding learner (protonet) takes any number"
         )
+    keep_freed_memory()
     step = checkpoints.load_weights(learner, path)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
     trained.data = config.with_source(

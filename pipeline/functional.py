@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -36,7 +35,8 @@ def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
     Returns:
         (n_way, d).
     """
-    member = F.one_hot(support_y, n_way).to(support_z.dtype)  # (m, n_way)
+    classes = torch.arange(n_way, device=support_y.device)
+    member = (support_y.unsqueeze(1) == classes).to(support_z.dtype)  # (m, n_way)
     return (member.T @ support_z) / member.sum(0).unsqueeze(1)
 
 
@@ -47,22 +47,20 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
         return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
 
 
-def nearest_mean(support_z: Tensor, support_y: Tensor) -> Callable[[Tensor], Tensor]:
+def nearest_mean(support_z: Tensor, support_y: Tensor, n_way: int) -> Callable[[Tensor], Tensor]:
     """Classify by squared distance to the mean embedding of each class.
 
     Snell, Swersky, Zemel 2017, eq. 1-2.
 
     Args:
         support_z: (m, d).
-        support_y: (m,), classes 0..n_way-1.
+        support_y: (m,), classes 0..n_way-1, each present.
+        n_way: number of classes.
 
     Returns:
         From query embeddings (q, d) to logits (q, n_way), minus the squared distances.
-
-    Raises:
-        ValueError: if a class of 0..n_way-1 has no support image.
     """
-    means = prototypes(support_z, support_y, count_ways(support_y))  # (n_way, d)
+    means = prototypes(support_z, support_y, n_way)  # (n_way, d)
     return lambda query_z: -squared_distances(query_z, means)
 
 

@@ -124,5 +124,5 @@ class Slow:
 
 def progress_callbacks() -> list[Callback]:
     """Throughput, and the form of progress that fits where the output goes."""
-    shown = StepBar() if sys.stdout.isatty() else LineProgress()
+    shown = StepBar(refresh_rate=10) if sys.stdout.isatty() else LineProgress()
     return [Throughput(), shown]

@@ -38,6 +38,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pytorch_lightning.utilities import rank_zero_only
 
     from pipeline import checkpoints, config, reporting
+    from pipeline.engine import keep_freed_memory
     from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.seen import refuse_seen, seen_by
     from pipeline.tracking.run import NoRun, tracked_run
@@ -58,8 +59,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
     refuse_seen(seen, sets)
     main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0])
+    keep_freed_memory()
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape, pretrained=not resume)
+    if cfg.compile:
+        learner.compile_networks()
 
     resolved = _resolved(cfg, data.image_shape)
     tags = {

@@ -1,5 +1,6 @@
 """Backbones: sizes, norms, and equality with networks written out in the papers' order."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import config
-from pipeline.backbones import (
+from pipeline.backbones import Conv4, DropBlock, ResNet12
+from pipeline.blocks import (
     BatchStatsNorm,
-    Conv4,
-    DropBlock,
-    ResNet12,
+    ConvBlock,
+    FirstBlock,
+    conv_block,
     is_transductive,
     make_norm,
 )
@@ -49,14 +51,66 @@ def test_conv4_needs_room_for_four_pools():
         Conv4(1, 14, 8, "batch", "max_pool")
 
 
-def test_pooling_before_relu_equals_the_papers_order():
-    net = Conv4(3, 32, 8, "batch", "max_pool")
-    layers = []
-    for block in net.blocks:
-        conv, norm, pool, relu = block
-        layers += [conv, norm, relu, pool]
-    x = torch.rand(4, 3, 32, 32)
-    torch.testing.assert_close(net(x), nn.Sequential(*layers)(x).flatten(1))
+def papers_block(block: ConvBlock, x: torch.Tensor, training: bool) -> torch.Tensor:
+    """Convolution, norm, ReLU, pooling, in that order and by torch's own operators."""
+    conv, norm = block.conv, block.norm
+    y = F.conv2d(x, conv.weight, conv.bias, block.stride, padding=1)
+    running = (
+        (norm.running_mean, norm.running_var) if hasattr(norm, "running_mean") else (None,) * 2
+    )
+    if hasattr(norm, "eps") and not isinstance(norm, nn.GroupNorm):
+        use_batch = training or running[0] is None
+        y = F.batch_norm(y, *running, norm.weight, norm.bias, training=use_batch, eps=norm.eps)
+    else:
+        y = norm(y)
+    y = torch.relu(y)
+    return y if block.stride == 2 else F.max_pool2d(y, 2)
+
+
+@pytest.mark.parametrize("downsample", ["max_pool", "stride"])
+@pytest.mark.parametrize("norm", ["batch", "batch_stats", "group", "none"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 14), (1, 15), (3, 14), (8, 14)])
+def test_a_block_equals_the_papers_order_in_value_and_two_derivatives(
+    channels, size, norm, downsample
+):
+    torch.manual_seed(0)
+    block = conv_block(channels, 8, norm, downsample, first=True).double()
+    assert isinstance(block, FirstBlock) == (channels < 4 and norm.startswith("batch"))
+    with torch.no_grad():
+        for parameter in block.norm.parameters():
+            parameter.normal_()  # scales of both signs
+    twin = copy.deepcopy(block)
+    parameters, others = list(block.parameters()), list(twin.parameters())
+    for training in (True, True, False):  # the running statistics of two steps are then used
+        block.train(training)
+        x = torch.randn(5, channels, size, size, dtype=torch.float64) + 1
+        results = []
+        for out, given in ((block(x), parameters), (papers_block(twin, x, training), others)):
+            first = torch.autograd.grad(
+                (out**2 * out.detach().cos()).sum(), given, create_graph=True
+            )
+            second = torch.autograd.grad(sum((g**2).sum() for g in first), given)
+            results.append((out, *first, *second))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(block.buffers(), twin.buffers(), strict=True):
+        if ours.dtype.is_floating_point:  # torch counts steps in the module, not in F.batch_norm
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_stay_precise_in_mixed_precision():
+    """White images with faint strokes: in bfloat16 their variance would be lost."""
+    torch.manual_seed(0)
+    block, x = conv_block(1, 8, "batch_stats", "max_pool", first=True), torch.ones(4, 1, 16, 16)
+    x += 0.01 * torch.randn_like(x)
+    exact = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, var = block._moments(x)
+        out = block(x)
+    assert mean.dtype == var.dtype == torch.float32
+    assert torch.equal(var, block._moments(x)[1])
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().mean() < 0.2 * exact.std()
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)])

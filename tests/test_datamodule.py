@@ -104,3 +104,25 @@ def test_no_affine_displacement_is_the_identity():
     generator = torch.Generator().manual_seed(0)
     out = Augmentation(affine=1e-7, crop_padding=0, flip=False, jitter=0)(image, generator)
     assert torch.equal(out, image)
+
+
+def test_a_pool_on_the_device_gives_the_same_batch(monkeypatch):
+    """As on a GPU that the pool fits on: the loader yields rows, the images are gathered there."""
+    data = blob_data(augmentation=ALL)
+    plain = data.on_after_batch_transfer(data._dataset("train")[[4, 5]], 0)
+    data._resident = torch.from_numpy(data.pool.images)  # "the device" is the CPU
+    rows = data._dataset("train")[[4, 5]]
+    assert rows.support_x.dtype == torch.int64
+    batch = data.transfer_batch_to_device(rows, torch.device("cpu"), 0)
+    batch = data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(batch.support_x, plain.support_x)
+    assert torch.equal(batch.query_x, plain.query_x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_pool_moves_to_a_gpu_that_holds_it():
+    data = blob_data()
+    assert data.keep_on(torch.device("cuda", 0))
+    rows = torch.tensor([[3, 1], [4, 1]])
+    images = data.images(rows, torch.device("cuda", 0))
+    assert torch.equal(images.cpu(), data.images(rows, torch.device("cpu")))

@@ -1,6 +1,7 @@
 """An episode is a pure function of (seed, split, index)."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.data.episodes import (
     EpisodeBatches,
     EpisodeDataset,
     EpisodeSampler,
+    Prefetched,
     choose_distinct,
 )
 from pipeline.data.pool import ImagePool
@@ -112,7 +114,7 @@ def test_workers_give_the_same_batches(workers):
 def test_default_collate_adds_the_tasks_axis():
     data = dataset()
     batch = next(iter(DataLoader(data, batch_size=3, sampler=[5, 6, 7])))
-    for a, b in zip(batch, data[[5, 6, 7]], strict=True):
+    for a, b in zip(batch[:-1], data[[5, 6, 7]][:-1], strict=True):
         assert torch.equal(a, b)
     assert data[5].support_x.shape == (6, 1, 2, 2)
 
@@ -179,3 +181,38 @@ def test_episode_accuracy_counts_episodes():
     result = metric.compute()
     assert result["acc"].item() == pytest.approx(0.75)
     assert result["acc_ci95"].item() == pytest.approx(1.96 * 0.25 / 3**0.5)
+
+
+def test_a_thread_makes_the_next_batch_and_changes_none():
+
+    threads = set()
+
+    class Noting(EpisodeDataset):
+        def __getitem__(self, index):
+            threads.add(threading.current_thread().name)
+            return super().__getitem__(index)
+
+    plain = dataset()
+    loader = DataLoader(
+        Noting(plain.pool, plain.sampler), sampler=EpisodeBatches(2, 7), batch_size=None
+    )
+    fetched = Prefetched(loader)
+    assert len(fetched) == 4
+    for _ in range(2):  # epochs
+        batches = list(fetched)
+        assert [len(b.id) for b in batches] == [2, 2, 2, 1]
+        for batch in batches:
+            assert torch.equal(batch.query_x, plain[batch.id.tolist()].query_x)
+    assert all(name.startswith("prefetch") for name in threads)
+
+
+def test_indices_stand_for_the_images():
+    plain = dataset()
+    batch, rows = (
+        plain[[3, 4]],
+        EpisodeDataset(plain.pool, plain.sampler, indices_only=True)[[3, 4]],
+    )
+    images = torch.from_numpy(np.array(plain.pool.images))
+    assert torch.equal(images[rows.support_x], batch.support_x)
+    assert torch.equal(images[rows.query_x], batch.query_x)
+    assert torch.equal(rows.query_y, batch.query_y)

@@ -8,7 +8,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = {
     0: ["episode", "functional", "annotations", "errors"],
-    1: ["backbones", "metrics", "figures", "data.pool", "data.episodes", "data.transforms"],
+    1: [
+        "blocks",
+        "backbones",
+        "engine",
+        "metrics",
+        "figures",
+        "data.pool",
+        "data.episodes",
+        "data.transforms",
+    ],
     2: ["data.datamodule"],
     3: ["learners.*", "progress"],
     4: [

@@ -107,7 +107,7 @@ def test_training_on_one_episode_lowers_its_loss(learner):
     if not trainable(learner):
         pytest.skip("untrained by design")
     task = make_task()
-    batch = Episode(*(field.unsqueeze(0) for field in task))
+    batch = task.each(lambda field: field.unsqueeze(0))
     optimizer = learner.make_optimizer(learner.parameters())
     learner.train()
     torch.manual_seed(0)

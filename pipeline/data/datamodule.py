@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from pipeline.annotations import (
     Ways,
     WaysRange,
 )
-from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Range
+from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Prefetched, Range
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
 from pipeline.episode import Episode
 from pipeline.errors import UserError
 
 Split = Literal["train", "val", "test"]
+Loader = DataLoader[Episode] | Prefetched
+EVAL_BATCH = 16  # episodes that are validated in one step
 
 
 class EpisodicDataModule(pl.LightningDataModule):
@@ -42,7 +45,7 @@ class EpisodicDataModule(pl.LightningDataModule):
             in seed are scored on the same episodes.
         mean, std: standardise images scaled to 0..1; one number or one a channel.
         augmentation: of training images, or None.
-        num_workers: loader processes; 0 gathers in the main process.
+        num_workers: loader processes; 0 gathers in a thread of the main process.
         image_shape: (C, H, W) that images are adapted to; the source's own by default.
     """
 
@@ -80,6 +83,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         self._image_shape = image_shape
         self._pool: ImagePool | None = None
         self._classes: dict[str, list[int]] = {}
+        self._resident: Tensor | None = None  # the pool on the device
 
     @property
     def pool(self) -> ImagePool:
@@ -144,10 +148,32 @@ class EpisodicDataModule(pl.LightningDataModule):
             raise UserError("\n".join(problems))
 
     def _dataset(self, split: Split) -> EpisodeDataset:
+        shape: tuple[Range, Range, int] = (self.n_way, self.k_shot, self.n_query)
+        group = 1
         if split == "train":
-            group = self.meta_batch_size * self._world()[1]
-            return EpisodeDataset(self.pool, self.sampler("train", *self.train_shape, group))
-        return EpisodeDataset(self.pool, self.sampler(split, self.n_way, self.k_shot, self.n_query))
+            shape, group = self.train_shape, self.meta_batch_size * self._world()[1]
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident, cuda = self.keep_on(device), device.type == "cuda"
+        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
+        return EpisodeDataset(self.pool, self.sampler(split, *shape, group), resident, pin)
+
+    def keep_on(self, device: torch.device) -> bool:
+        """Move the whole pool to a GPU if it takes at most half of what is free there."""
+        if self._resident is not None and self._resident.device == device:
+            return True
+        if (
+            device.type != "cuda"
+            or self.pool.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+        ):
+            return False
+        self._resident = torch.from_numpy(np.array(self.pool.images)).to(device)
+        return True
+
+    def images(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Images of the pool on a device: (...) int64 -> (..., C, H, W) uint8."""
+        if self._resident is not None and self._resident.device == device:
+            return self._resident[indices.to(device, non_blocking=True)]
+        return torch.from_numpy(np.take(self.pool.images, indices.cpu().numpy(), axis=0)).to(device)
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -159,17 +185,18 @@ class EpisodicDataModule(pl.LightningDataModule):
         batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
         return batches * self.meta_batch_size * self.trainer.world_size
 
-    def _loader(self, split: Split, batches: EpisodeBatches) -> DataLoader[Episode]:
-        return DataLoader(
+    def _loader(self, split: Split, batches: EpisodeBatches) -> Loader:
+        loader = DataLoader(
             self._dataset(split),
             sampler=batches,  # yields lists of indices: the data set stacks them
             batch_size=None,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+        return loader if self.num_workers else Prefetched(loader)
 
-    def train_dataloader(self) -> DataLoader[Episode]:
+    def train_dataloader(self) -> Loader:
         """Meta-batches of the endless training stream."""
         rank, world = self._world()
         batches_per_epoch = self.batches_per_epoch
@@ -180,26 +207,34 @@ class EpisodicDataModule(pl.LightningDataModule):
         batches = EpisodeBatches(self.meta_batch_size, episodes, rank, world, self._seen)
         return self._loader("train", batches)
 
-    def val_dataloader(self) -> DataLoader[Episode]:
-        """The fixed validation episodes, one a batch."""
-        return self._loader("val", EpisodeBatches(1, self.val_episodes, *self._world()))
+    def val_dataloader(self) -> Loader:
+        """The fixed validation episodes."""
+        return self._loader("val", EpisodeBatches(EVAL_BATCH, self.val_episodes, *self._world()))
 
-    def test_dataloader(self) -> DataLoader[Episode]:
-        """The fixed test episodes, one a batch."""
-        return self._loader("test", EpisodeBatches(1, self.test_episodes, *self._world()))
+    def test_dataloader(self) -> Loader:
+        """The fixed test episodes."""
+        return self._loader("test", EpisodeBatches(EVAL_BATCH, self.test_episodes, *self._world()))
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""
         return to_float(images, self.image_shape, self.mean, self.std)
 
+    def transfer_batch_to_device(
+        self, batch: Episode, device: torch.device, dataloader_idx: int
+    ) -> Episode:
+        """All but the indices of the episodes, which are read on the CPU."""
+        return batch.each(lambda field: field.to(device, non_blocking=True))._replace(id=batch.id)
+
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
-        """Augment (in training) and standardise on the device."""
+        """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
         generator = torch.Generator()
         if augment:  # a function of the episode alone, as the episode is of its index
             generator.manual_seed(self.seed * 0x9E3779B1 + int(batch.id.flatten()[0]))
 
         def ready(images: Tensor) -> Tensor:
+            if images.dim() == 2:  # rows of the pool
+                images = self.images(images, images.device)
             tasks, m = images.shape[:2]
             flat = images.flatten(0, 1)  # (tasks*m, C, H, W)
             flat = augment(flat, generator) if augment else flat

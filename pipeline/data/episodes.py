@@ -6,12 +6,13 @@ not depend on workers, order, process count, platform or library version.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.pool import ImagePool
 from pipeline.episode import Episode
@@ -168,25 +169,42 @@ class EpisodeSampler:
 
 
 class EpisodeDataset(Dataset[Episode]):
-    """Episodes of a pool: `dataset[7]` is one task, `dataset[[7, 8]]` a stacked meta-batch."""
+    """Episodes of a pool: `dataset[7]` is one task, `dataset[[7, 8]]` a stacked meta-batch.
 
-    def __init__(self, pool: ImagePool, sampler: EpisodeSampler) -> None:
+    Args:
+        pool, sampler: where images and their choice come from.
+        indices_only: leave out the images: `support_x` and `query_x` are then (m,) int64 rows of
+            the pool, for a pool that lies on the device.
+        pin: gather straight into page-locked memory, from which CUDA copies without waiting.
+    """
+
+    def __init__(
+        self,
+        pool: ImagePool,
+        sampler: EpisodeSampler,
+        indices_only: bool = False,
+        pin: bool = False,
+    ) -> None:
         self.pool, self.sampler = pool, sampler
+        self.indices_only, self.pin = indices_only, pin
 
     def __getitem__(self, index: int | Sequence[int]) -> Episode:
         """Images are uint8, gathered in one go."""
         if isinstance(index, int):
             return self[[index]].tasks()[0]
         chosen = self.sampler.sample(index)
-        return Episode(
-            *self._gather(chosen.support), *self._gather(chosen.query), torch.as_tensor(index)
-        )
+        support, query = self._gather(chosen.support), self._gather(chosen.query)
+        return Episode(*support, *query, torch.as_tensor(index), chosen.classes.shape[1])
 
     def _gather(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
         tasks, n_way, each = images.shape
         flat = images.reshape(tasks, n_way * each)  # (tasks, n_way*each), class-major
-        x = torch.from_numpy(np.asarray(self.pool.images[flat]))  # (tasks, n_way*each, C, H, W)
         y = torch.arange(n_way).repeat_interleave(each).repeat(tasks, 1)  # (tasks, n_way*each)
+        if self.indices_only:
+            return torch.from_numpy(flat), y
+        shape = (*flat.shape, *self.pool.image_shape)
+        x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
+        np.take(self.pool.images, flat, axis=0, out=x.numpy(), mode="clip")  # unbuffered
         return x, y
 
 
@@ -225,6 +243,24 @@ class EpisodeBatches:
         mine = range(first + self.rank, first + self.episodes, self.world)
         for start in range(0, len(mine), self.batch_size):
             yield list(mine[start : start + self.batch_size])
+
+
+class Prefetched:
+    """Yields what a loader yields, while a thread makes the next item."""
+
+    def __init__(self, loader: DataLoader[Episode]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Episode]:
+        items = iter(self.loader)
+        with ThreadPoolExecutor(1, "prefetch") as thread:
+            following = thread.submit(next, items, None)
+            while (item := following.result()) is not None:
+                following = thread.submit(next, items, None)
+                yield item
 
 
 def _bounds(value: Range) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,19 @@ def to_float(
     channels, *size = image_shape
     x = images.float() / 255
     if x.shape[1] == 3 and channels == 1:
-        x = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = (x * _per_channel(_LUMA, x.device)).sum(1, keepdim=True)
     elif x.shape[1] == 1 and channels == 3:
         x = x.expand(-1, 3, -1, -1)
     if list(x.shape[2:]) != size:
         x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return (x - x.new_tensor(mean).view(1, -1, 1, 1)) / x.new_tensor(std).view(1, -1, 1, 1)
+    return (x - _per_channel(tuple(mean), x.device)) / _per_channel(tuple(std), x.device)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept on the device, as to send them would make the host wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Augmentation:
             images = _random_crop(images, self.crop_padding, generator)
         if self.flip:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
-            mirrored = mirrored.to(images.device).view(-1, 1, 1, 1)
+            mirrored = mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
             images = torch.where(mirrored, images.flip(-1), images)
         if self.jitter:
             images = _colour_jitter(images, self.jitter, generator)
@@ -74,7 +82,7 @@ class Augmentation:
 
 def _random_affine(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     displacement = strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
-    maps = (torch.eye(2, 3) + displacement).to(images.device)  # (m, 2, 3)
+    maps = (torch.eye(2, 3) + displacement).to(images.device, non_blocking=True)  # (m, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), grid, align_corners=False)  # zeros come in at the edges
     return moved.round().to(torch.uint8)
@@ -83,7 +91,8 @@ def _random_affine(images: Tensor, strength: float, generator: torch.Generator) 
 def _random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     m, _, h, w = images.shape
     padded = F.pad(images, (padding,) * 4)
-    corner = torch.randint(0, 2 * padding + 1, (2, m, 1), generator=generator).to(images.device)
+    corner = torch.randint(0, 2 * padding + 1, (2, m, 1), generator=generator)
+    corner = corner.to(images.device, non_blocking=True)
     rows = corner[0] + torch.arange(h, device=images.device)  # (m, h)
     columns = corner[1] + torch.arange(w, device=images.device)  # (m, w)
     each = torch.arange(m, device=images.device).view(m, 1, 1)
@@ -93,7 +102,7 @@ def _random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Te
 
 def _colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
-    brightness, contrast, saturation = factors.to(images.device)
+    brightness, contrast, saturation = factors.to(images.device, non_blocking=True)
     x = images.float() * brightness
     x = (x - x.mean((1, 2, 3), keepdim=True)) * contrast + x.mean((1, 2, 3), keepdim=True)
     grey = x.mean(1, keepdim=True)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pipeline.backbones import is_transductive
+from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
-from pipeline.functional import accuracy
 from pipeline.metrics import EpisodeAccuracy
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -64,10 +63,17 @@ class MetaLearner(pl.LightningModule, ABC):
         """Transductive if a prediction depends on the other queries, else inductive."""
         return "transductive" if is_transductive(self) else "inductive"
 
-    def task_loss(self, task: Episode) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy and accuracy of the adapted classifier on the queries of a task."""
-        logits = self.adapt(task.support_x, task.support_y)(task.query_x)  # (m, n_way)
-        return F.cross_entropy(logits, task.query_y), accuracy(logits, task.query_y)
+    def predict(self, batch: Episode) -> Tensor:
+        """`adapt` to each task of a meta-batch and classify its queries.
+
+        Returns:
+            (tasks, n_way*n_query, n_way) logits.
+        """
+        return torch.stack([self.adapt(t.support_x, t.support_y)(t.query_x) for t in batch.tasks()])
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of each query: (tasks, m, n_way), (tasks, m) -> (tasks, m)."""
+        return F.cross_entropy(logits.mT, y, reduction="none")
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """What the outer optimiser descends, over a meta-batch.
@@ -75,9 +81,12 @@ class MetaLearner(pl.LightningModule, ABC):
         Returns:
             The tensor to differentiate, the mean query loss to report, and the mean accuracy.
         """
-        losses, accuracies = zip(*map(self.task_loss, batch.tasks()), strict=True)
-        loss = torch.stack(losses).mean()
-        return loss, loss.detach(), torch.stack(accuracies).mean()
+        logits = self.predict(batch)
+        loss = self.loss(logits, batch.query_y).mean()
+        return loss, loss.detach(), (logits.argmax(2) == batch.query_y).float().mean()
+
+    def compile_networks(self) -> None:
+        """Have torch.compile speed up what it can, from the next step on."""
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
         """Seed dropout and the like by the batch, so that a resumed run draws the same masks."""
@@ -93,10 +102,10 @@ class MetaLearner(pl.LightningModule, ABC):
         return objective
 
     def _evaluate(self, batch: Episode, split: str, metric: EpisodeAccuracy) -> None:
-        for task in batch.tasks():
-            loss, acc = self.task_loss(task)
-            metric.update(acc)
-            self.log(f"{split}/loss", loss, on_epoch=True, batch_size=1, sync_dist=True)
+        logits = self.predict(batch)
+        metric.update((logits.argmax(2) == batch.query_y).float().mean(1))
+        loss, tasks = self.loss(logits, batch.query_y).mean(), len(batch.query_y)
+        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=tasks, sync_dist=True)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Score the validation episodes of a batch."""

@@ -3,11 +3,10 @@
 from abc import abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.episode import Classifier, Episode
-from pipeline.functional import accuracy
+from pipeline.functional import count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 
@@ -32,34 +31,40 @@ class EmbeddingLearner(MetaLearner):
         return self.backbone(x)
 
     @abstractmethod
-    def head(self, support_z: Tensor, support_y: Tensor) -> Classifier:
+    def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """Turn support embeddings (m, d) into a classifier of query embeddings (q, d).
 
-        Raises:
-            ValueError: if a class of 0..n_way-1 has no support image.
+        Written for one task in tensor operations alone, as `heads` runs it under `vmap`.
+
+        Args:
+            support_z: (m, d).
+            support_y: (m,), classes 0..n_way-1, each present.
+            n_way: number of classes.
         """
+
+    def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
+        """`head` of many tasks at once: (t, m, d), (t, m), (t, q, d) -> logits (t, q, n_way)."""
+        return torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q))(support_z, support_y, query_z)
 
     @property
     def embeds_once(self) -> bool:
         """Whether images may be embedded apart from their episodes, and `head` does the rest."""
         return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
 
+    def compile_networks(self) -> None:
+        """See `MetaLearner.compile_networks`."""
+        self.backbone.compile()
+
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`."""
-        classify = self.head(self.embed(support_x), support_y)
+        classify = self.head(self.embed(support_x), support_y, count_ways(support_y))
         return lambda query_x: classify(self.embed(query_x))
 
-    def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeds all images of the meta-batch in one pass, then classifies task by task."""
+    def predict(self, batch: Episode) -> Tensor:
+        """Embeds all images of the meta-batch in one pass where that is the same."""
         if not self.embeds_once:
-            return super().meta_loss(batch)
+            return super().predict(batch)
         images = torch.cat([batch.support_x, batch.query_x], dim=1)  # (tasks, s+q, C, H, W)
         tasks, n_support = batch.support_y.shape
         z = self.embed(images.flatten(0, 1)).unflatten(0, (tasks, -1))  # (tasks, s+q, d)
-        losses, accuracies = [], []
-        for i in range(tasks):
-            logits = self.head(z[i, :n_support], batch.support_y[i])(z[i, n_support:])
-            losses.append(F.cross_entropy(logits, batch.query_y[i]))
-            accuracies.append(accuracy(logits, batch.query_y[i]))
-        loss = torch.stack(losses).mean()
-        return loss, loss.detach(), torch.stack(accuracies).mean()
+        return self.heads(z[:, :n_support], batch.support_y, z[:, n_support:], batch.n_way)

@@ -1,7 +1,7 @@
-"""Scores a learner on fixed episodes. Floor 3.
+"""Scores a learner on fixed episodes, many at a time. Floor 3.
 
 Embedding learners with an inductive backbone embed each image once; their episodes are then
-gathers of embeddings and calls of `head`, which is what `adapt` does after embedding.
+gathers of embeddings and calls of `heads`, which is what `adapt` does after embedding.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from pipeline.data.datamodule import EpisodicDataModule, Split
 from pipeline.data.episodes import EpisodeIndices, EpisodeSampler
+from pipeline.episode import Episode
 from pipeline.functional import MeanInterval, mean_ci95
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EmbeddingLearner
 
 EMBED_BATCH = 256
-CHUNK = 100  # episodes drawn at a time
+CHUNK = 16  # episodes predicted at a time
+GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
 
 
 class Scores(NamedTuple):
@@ -75,44 +77,55 @@ class Scorer:
         self.learner.eval()
         correct, classes = [], []
         with torch.inference_mode():
-            for index, chosen in _episodes(sampler, episodes):
-                n_way, k_shot = chosen.support.shape
-                n_query = chosen.query.shape[1]
-                label = torch.arange(n_way, device=self.learner.device)
-                classify = self._adapt(chosen.support, label.repeat_interleave(k_shot))
-                right = classify(chosen.query).argmax(1) == label.repeat_interleave(n_query)
-                correct.append(right.cpu().numpy())
-                classes.append(chosen.classes.repeat(n_query))
-                progress(index + 1)
+            for done, chosen in self._chunks(sampler, episodes):
+                n_way, n_query = chosen.query.shape[1:]
+                y = torch.arange(n_way, device=self.learner.device).repeat_interleave(n_query)
+                correct.append((self._predict(chosen).argmax(2) == y).cpu().numpy())
+                classes.append(chosen.classes.repeat(n_query, axis=1))
+                progress(done)
         self.learner.train(was_training)
-        return Scores(np.stack(correct), np.stack(classes))
+        return Scores(np.concatenate(correct), np.concatenate(classes))
 
-    def _adapt(self, support: np.ndarray, support_y: Tensor) -> Callable[[np.ndarray], Tensor]:
-        """A classifier of image indices."""
+    def _chunks(
+        self, sampler: EpisodeSampler, episodes: int
+    ) -> Iterator[tuple[int, EpisodeIndices]]:
+        """So many episodes done, with the last few of them."""
+        size = CHUNK
         if isinstance(self.learner, EmbeddingLearner) and self.learner.embeds_once:
-            classify = self.learner.head(self._embed(support), support_y)
-            return lambda query: classify(self._embed(query))
-        adapted = self.learner.adapt(self._images(support), support_y)
-        return lambda query: adapted(self._images(query))
+            images = (sampler.k_shot[1] + sampler.n_query) * sampler.n_way[1]
+            size = max(1, GATHERED // (images * self._embeddings().shape[1]))
+        for start in range(0, episodes, size):
+            done = min(start + size, episodes)
+            yield done, sampler.sample(range(start, done))
 
-    def _images(self, indices: np.ndarray) -> Tensor:
-        raw = torch.from_numpy(np.asarray(self.data.pool.images[indices.reshape(-1)]))
-        return self.data.prepare(raw.to(self.learner.device))  # (m, C, H, W)
+    def _predict(self, chosen: EpisodeIndices) -> Tensor:
+        """(episodes, n_way*n_query, n_way) logits."""
+        n_way, k_shot = chosen.support.shape[1:]
+        support, query = (torch.from_numpy(x).flatten(1) for x in (chosen.support, chosen.query))
+        y = torch.arange(n_way, device=self.learner.device).repeat_interleave(k_shot)
+        y = y.expand(len(support), -1)  # (episodes, n_way*k_shot)
+        if isinstance(self.learner, EmbeddingLearner) and self.learner.embeds_once:
+            z = self._embeddings()
+            return self.learner.heads(z[self._row[support]], y, z[self._row[query]], n_way)
+        ids = torch.arange(len(support))
+        return self.learner.predict(
+            Episode(self._images(support), y, self._images(query), y, ids, n_way)
+        )
 
-    def _embed(self, indices: np.ndarray) -> Tensor:
+    def _images(self, indices: Tensor) -> Tensor:
+        raw = self.data.images(indices, self.learner.device)  # (..., C, H, W)
+        lead = indices.shape
+        return self.data.prepare(raw.flatten(0, len(lead) - 1)).unflatten(0, lead)
+
+    def _embeddings(self) -> Tensor:
+        """(images of the split, d), made on first use."""
         if self._embedded is None:
             assert isinstance(self.learner, EmbeddingLearner)
+            self.data.keep_on(self.learner.device)
             labels = self.data.pool.labels
             used = np.flatnonzero(np.isin(labels, self.data.classes(self.split)))
-            self._row = np.full(len(labels), -1)
-            self._row[used] = np.arange(len(used))
-            parts = np.array_split(used, -(-len(used) // EMBED_BATCH))
+            self._row = torch.full((len(labels),), -1)  # image of the pool -> row of embeddings
+            self._row[used] = torch.arange(len(used))
+            parts = torch.from_numpy(used).split(EMBED_BATCH)
             self._embedded = torch.cat([self.learner.embed(self._images(part)) for part in parts])
-        return self._embedded[torch.from_numpy(self._row[indices.reshape(-1)])]
-
-
-def _episodes(sampler: EpisodeSampler, count: int) -> Iterator[tuple[int, EpisodeIndices]]:
-    for start in range(0, count, CHUNK):
-        chosen = sampler.sample(range(start, min(start + CHUNK, count)))
-        for i, fields in enumerate(zip(*chosen, strict=True)):
-            yield start + i, EpisodeIndices(*fields)
+        return self._embedded

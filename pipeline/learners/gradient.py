@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.annotations import NonNegativeInt, Ways
-from pipeline.backbones import BatchStatsNorm
+from pipeline.blocks import BatchStatsNorm
+from pipeline.engine import ChunkSize, Engine, chunks, each_task, resolve
 from pipeline.episode import Classifier, Episode
 from pipeline.errors import UserError
 from pipeline.functional import Params, accuracy, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
+R = TypeVar("R")
 Adapted = Literal["all", "head"]
+Gradient = tuple[Params, Tensor, Tensor]
+"""Meta-gradient, query loss and query accuracy."""
 
 
 class GradientLearner(MetaLearner):
@@ -27,6 +32,7 @@ class GradientLearner(MetaLearner):
         n_way: outputs of the head; this learner scores tasks of exactly that many classes.
         inner_steps, eval_inner_steps: steps of adaptation in training and in evaluation.
         adapted: "all" parameters or only the "head" (ANIL).
+        engine: how the tasks of a meta-batch are run; see `engine`.
     """
 
     def __init__(
@@ -38,8 +44,10 @@ class GradientLearner(MetaLearner):
         adapted: Adapted,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(optimizer, scheduler)
+        self.engine, self._chunk_size, self._compiled = engine, ChunkSize(), False
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
             raise UserError(
                 "backbone.norm: 'batch' keeps running statistics, which an inner loop would mix "
@@ -47,7 +55,7 @@ class GradientLearner(MetaLearner):
             )
         for part in backbone.modules():
             if isinstance(part, BatchStatsNorm):
-                part.fused = True  # `meta_loss` loops over tasks
+                part.fused = True  # every gradient is taken inside of vmap, or without it
         self.n_way = n_way
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
         self.adapted = adapted
@@ -90,16 +98,42 @@ class GradientLearner(MetaLearner):
         Raises:
             ValueError: also if the support set has another number of classes than the head.
         """
-        if (found := count_ways(support_y)) != self.n_way:
-            raise ValueError(
-                f"n_way: {found} classes, but the head of this learner was trained for "
-                f"{self.n_way}; an embedding learner (protonet) takes any number"
-            )
+        self._check_ways(count_ways(support_y))
         theta = {k: v.detach() for k, v in self.net.named_parameters()}
         return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)
 
-    def meta_gradient(self, theta: Params, task: Episode) -> tuple[Params, Tensor, Tensor]:
-        """Gradient of one task with respect to theta, its query loss and its query accuracy."""
+    def _check_ways(self, n_way: int) -> None:
+        if n_way != self.n_way:
+            raise ValueError(
+                f"n_way: {n_way} classes, but the head of this learner was trained for "
+                f"{self.n_way}; an embedding learner (protonet) takes any number"
+            )
+
+    def predict(self, batch: Episode) -> Tensor:
+        """`adapt` to each task; on a GPU to a chunk of tasks at a time, which is the same."""
+        if resolve(self.engine, batch.query_x.device) == "loop":
+
+            def one(learner: "GradientLearner", task: Episode) -> Tensor:
+                return learner.adapt(task.support_x, task.support_y)(task.query_x)
+
+            return torch.stack(list(each_task(self, one, batch.tasks())))
+        self._check_ways(batch.n_way)
+        parts = self._chunks(batch, "predict", lambda part: self.stacked_predict(part))
+        return torch.cat(list(parts))
+
+    def stacked_predict(self, batch: Episode) -> Tensor:
+        """`predict` with all tasks at once."""
+        theta = {k: v.detach() for k, v in self.net.named_parameters()}
+
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+            return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)(query_x)
+
+        return torch.vmap(one, randomness="different")(
+            batch.support_x, batch.support_y, batch.query_x
+        )
+
+    def task_gradient(self, theta: Params, task: Episode) -> Gradient:
+        """Gradient of the query loss of one task after adaptation, with respect to theta."""
 
         def query_loss(theta: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
@@ -110,22 +144,54 @@ class GradientLearner(MetaLearner):
         gradient, (loss, acc) = torch.func.grad(query_loss, has_aux=True)(theta)
         return gradient, loss, acc
 
-    def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
-        """Accumulates the meta-gradient task by task: memory does not grow with the meta-batch.
+    def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
+        """`task_gradient` of all tasks at once, each result with a tasks axis in front."""
 
-        The tensor to differentiate is <theta, stop_grad(g)>, whose gradient is g; so automatic
-        optimisation, clipping and DDP see an ordinary loss.
+        def one(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Gradient:
+            return self.task_gradient(theta, Episode(sx, sy, qx, qy, batch.id, batch.n_way))
+
+        return torch.vmap(one, randomness="different")(*batch[:4])
+
+    def _chunks(self, batch: Episode, what: str, work: Callable[[Episode], R]) -> Iterator[R]:
+        tasks, shapes = len(batch.query_y), (batch.support_x.shape[1:], batch.query_x.shape[1:])
+        size = self._chunk_size(
+            (what, *shapes), lambda: work(batch.part(slice(0, 1))), batch.query_x
+        )
+        return (work(batch.part(chunk)) for chunk in chunks(tasks, size))
+
+    def _gradients(self, theta: Params, batch: Episode) -> Iterator[Gradient]:
+        """Sums of gradients, losses and accuracies of the tasks, some tasks at a time."""
+        one, stacked = type(self).task_gradient, self.stacked_gradient
+        if resolve(self.engine, batch.query_x.device) == "loop":
+            if self._compiled:  # torch.compile is not made for several threads
+                compiled = torch.compile(self.task_gradient)
+                yield from (compiled(theta, task) for task in batch.tasks())
+            else:
+                yield from each_task(self, lambda twin, t: one(twin, theta, t), batch.tasks())
+            return
+        work = torch.compile(stacked) if self._compiled else stacked
+        for sums in self._chunks(batch, "gradient", lambda part: work(theta, part)):
+            gradients, losses, accuracies = sums
+            yield {k: g.sum(0) for k, g in gradients.items()}, losses.sum(), accuracies.sum()
+
+    def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        """The meta-gradient g, computed here, as the gradient of an ordinary loss.
+
+        The tensor to differentiate is <theta, stop_grad(g)>, so automatic optimisation, clipping,
+        loss scaling and DDP need not know.
         """
         theta = dict(self.net.named_parameters())
         point = {k: v.detach() for k, v in theta.items()}
         total = {k: torch.zeros_like(v) for k, v in point.items()}
-        losses, accuracies = [], []
-        tasks = batch.tasks()
-        for task in tasks:
-            gradient, loss, acc = self.meta_gradient(point, task)
+        loss = acc = torch.zeros((), device=batch.query_y.device)
+        for gradient, task_loss, task_acc in self._gradients(point, batch):
             for k, g in gradient.items():
-                total[k] += g / len(tasks)
-            losses.append(loss)
-            accuracies.append(acc)
+                total[k] += g
+            loss, acc = loss + task_loss, acc + task_acc
+        tasks = len(batch.query_y)
         surrogate = torch.stack([(v * total[k]).sum() for k, v in theta.items()]).sum()
-        return surrogate, torch.stack(losses).mean(), torch.stack(accuracies).mean()
+        return surrogate / tasks, loss / tasks, acc / tasks
+
+    def compile_networks(self) -> None:
+        """See `MetaLearner.compile_networks`; whole meta-gradients are compiled."""
+        self._compiled = True

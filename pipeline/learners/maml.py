@@ -7,6 +7,7 @@ Bengio, Vinyals 2020, https://arxiv.org/abs/1909.09157.
 from torch import Tensor, nn
 
 from pipeline.annotations import NonNegativeInt, PositiveFloat, Ways
+from pipeline.engine import Engine
 from pipeline.functional import Params, inner_sgd
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Adapted, GradientLearner
@@ -32,9 +33,10 @@ class Maml(GradientLearner):
         adapted: Adapted,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(
-            backbone, n_way, inner_steps, eval_inner_steps, adapted, optimizer, scheduler
+            backbone, n_way, inner_steps, eval_inner_steps, adapted, optimizer, scheduler, engine
         )
         self.inner_lr, self.first_order = inner_lr, first_order
 

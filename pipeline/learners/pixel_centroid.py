@@ -15,6 +15,6 @@ class PixelCentroid(EmbeddingLearner):
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), optimizer=None, scheduler=None)
 
-    def head(self, support_z: Tensor, support_y: Tensor) -> Classifier:
+    def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """Logits are minus the squared distances to the mean images."""
-        return nearest_mean(support_z, support_y)
+        return nearest_mean(support_z, support_y, n_way)

@@ -1,17 +1,18 @@
 """Reptile. Nichol, Achiam, Schulman 2018, https://arxiv.org/abs/1803.02999."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.annotations import NonNegativeInt, PositiveInt, Ways
+from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.errors import UserError
 from pipeline.functional import Params, accuracy
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
-from pipeline.learners.gradient import GradientLearner
+from pipeline.learners.gradient import Gradient, GradientLearner
 
 
 class Reptile(GradientLearner):
@@ -36,9 +37,10 @@ class Reptile(GradientLearner):
         inner_batch_size: PositiveInt,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(
-            backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler
+            backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler, engine
         )
         self.make_inner_optimizer, self.inner_batch_size = inner_optimizer, inner_batch_size
         try:
@@ -48,26 +50,64 @@ class Reptile(GradientLearner):
 
     def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """`steps` steps of the inner optimiser, each on all of x."""
-        return self._descend(phi, [(x, y)] * steps)
+        return self._descend(phi, [(x, y)] * steps, torch.func.grad(self.inner_loss))
 
-    def _descend(self, theta: Params, batches: Iterable[tuple[Tensor, Tensor]]) -> Params:
+    def _descend(
+        self,
+        theta: Params,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        gradient: Callable[[Params, Tensor, Tensor], Params],
+    ) -> Params:
         phi = {k: v.detach().clone() for k, v in theta.items()}
         optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # any iterable
         for x, y in batches:
-            gradient = torch.func.grad(self.inner_loss)(phi, x, y)
-            for k, v in phi.items():
-                v.grad = gradient[k]
+            for k, g in gradient(phi, x, y).items():
+                phi[k].grad = g
             optimizer.step()
         return {k: v.detach() for k, v in phi.items()}
 
-    def meta_gradient(self, theta: Params, task: Episode) -> tuple[Params, Tensor, Tensor]:
+    def _batches(self, m: int, episode: int) -> list[Tensor]:
+        """Which of m support images make up each inner step, a function of the episode."""
+        generator = torch.Generator().manual_seed(episode)
+        size = min(self.inner_batch_size, m)
+        epochs = -(-self.inner_steps * size // m)
+        order = torch.cat([torch.randperm(m, generator=generator) for _ in range(epochs)])
+        return list(order.split(size)[: self.inner_steps])
+
+    def task_gradient(self, theta: Params, task: Episode) -> Gradient:
         """Theta - phi, with the query loss and accuracy of phi (not used by the step)."""
-        m = len(task.support_y)
-        epochs = -(-self.inner_steps * min(self.inner_batch_size, m) // m)
-        order = torch.cat([torch.randperm(m) for _ in range(epochs)]).to(task.support_y.device)
-        parts = order.split(min(self.inner_batch_size, m))[: self.inner_steps]
-        phi = self._descend(theta, [(task.support_x[p], task.support_y[p]) for p in parts])
+        parts = self._batches(len(task.support_y), int(task.id))
+        batches = [(task.support_x[p], task.support_y[p]) for p in parts]
+        phi = self._descend(theta, batches, torch.func.grad(self.inner_loss))
         with torch.no_grad():
             logits = self._predict(phi, task.query_x)
             loss = nn.functional.cross_entropy(logits, task.query_y)
         return {k: theta[k] - phi[k] for k in theta}, loss, accuracy(logits, task.query_y)
+
+    def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
+        """See `GradientLearner.stacked_gradient`.
+
+        One optimiser descends all tasks at once, as those of torch.optim work element by element.
+        """
+        tasks, m = batch.support_y.shape
+        stacked = {k: v.expand(tasks, *v.shape) for k, v in theta.items()}
+        each = torch.arange(tasks).unsqueeze(1)
+        orders = [self._batches(m, int(i)) for i in batch.id]
+        parts = [torch.stack(step) for step in zip(*orders, strict=True)]  # (tasks, size) each
+        batches = [(batch.support_x[each, p], batch.support_y[each, p]) for p in parts]
+        gradient = torch.vmap(torch.func.grad(self.inner_loss), randomness="different")
+        phi = self._descend(stacked, batches, gradient)
+        with torch.no_grad():
+            logits = torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
+            loss = self.loss(logits, batch.query_y).mean(1)
+        acc = (logits.argmax(2) == batch.query_y).float().mean(1)
+        return {k: theta[k] - phi[k] for k in theta}, loss, acc
+
+    def stacked_predict(self, batch: Episode) -> Tensor:
+        """See `GradientLearner.stacked_predict`."""
+        tasks = len(batch.query_y)
+        theta = {k: v.expand(tasks, *v.shape) for k, v in self.net.named_parameters()}
+        batches = [(batch.support_x, batch.support_y)] * self.eval_inner_steps
+        gradient = torch.vmap(torch.func.grad(self.inner_loss), randomness="different")
+        phi = self._descend(theta, batches, gradient)
+        return torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
