@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint ui clean
+.PHONY: train test test-slow lint bench ui clean
 
 train: $(READY) ## train on drawn characters, test on unseen ones and on real digits
 	$(BIN)/python -m pipeline.train also_test=[digits] $(ARGS)
@@ -19,6 +19,9 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY) ## speed and memory beside what others do, a quarter of an hour
+	$(BIN)/python -m benchmarks.run_all
 
 ui: $(READY) ## the MLflow UI on the tracked runs
 	$(BIN)/python -m pipeline.ui $(ARGS)

@@ -6,6 +6,7 @@ Floor 4, runs: compose, signature and config (configurations to parts), checkpoi
     leaves behind), tracking (MLflow; nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
-Floor 1, material: backbones, metrics, figures; data (image pools, class splits, episodes).
+Floor 1, material: blocks and backbones (networks), engine (how the tasks of a meta-batch are run),
+    metrics, figures; data (image pools, class splits, episodes).
 Floor 0, words: episode (the shapes of a task), functional (pure maths), annotations, errors.
 """

@@ -72,7 +72,12 @@ def each_task(module: M, work: Callable[[M, T], R], tasks: Sequence[T]) -> Itera
         ):
             return work(twin(module), task)
 
-    yield from _threads(threads, torch.get_num_threads() // threads).map(here, tasks)
+    operator_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the caller's own sums: a second thread would wait by spinning
+    try:
+        yield from _threads(threads, operator_threads // threads).map(here, tasks)
+    finally:
+        torch.set_num_threads(operator_threads)
 
 
 def _draws(module: M, work: Callable[[M, T], R], task: T) -> bool:

@@ -1,6 +1,7 @@
 """The two ways of running a meta-batch are one function; what they cost is what they promise."""
 
 import gc
+import shutil
 import threading
 import weakref
 from functools import partial
@@ -195,6 +196,17 @@ def test_auto_is_the_loop_on_a_cpu_and_vmap_on_cuda():
     assert engine.resolve("auto", torch.device("cpu")) == "loop"
     assert engine.resolve("auto", torch.device("cuda")) == "vmap"
     assert engine.resolve("vmap", torch.device("cpu")) == "vmap"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil"])
+def test_compiled_gradients_are_the_same(name):
+    batch = meta_batch(0, 1)
+    expected = meta_gradient(build(name, "batch_stats", 2, "loop"), batch)
+    learner = build(name, "batch_stats", 2, "loop")
+    learner.compile_networks()
+    close(meta_gradient(learner, batch), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

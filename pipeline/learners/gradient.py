@@ -161,15 +161,18 @@ class GradientLearner(MetaLearner):
 
     def _gradients(self, theta: Params, batch: Episode) -> Iterator[Gradient]:
         """Sums of gradients, losses and accuracies of the tasks, some tasks at a time."""
-        one, stacked = type(self).task_gradient, self.stacked_gradient
         if resolve(self.engine, batch.query_x.device) == "loop":
             if self._compiled:  # torch.compile is not made for several threads
                 compiled = torch.compile(self.task_gradient)
                 yield from (compiled(theta, task) for task in batch.tasks())
             else:
-                yield from each_task(self, lambda twin, t: one(twin, theta, t), batch.tasks())
+                yield from each_task(
+                    self, lambda twin, t: twin.task_gradient(theta, t), batch.tasks()
+                )
             return
-        work = torch.compile(stacked) if self._compiled else stacked
+        work = self.stacked_gradient
+        if self._compiled:
+            work = torch.compile(work)
         for sums in self._chunks(batch, "gradient", lambda part: work(theta, part)):
             gradients, losses, accuracies = sums
             yield {k: g.sum(0) for k, g in gradients.items()}, losses.sum(), accuracies.sum()
