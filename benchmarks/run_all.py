@@ -18,6 +18,10 @@ Written by `make bench` (`python -m benchmarks.run_all`; one table: `python -m
 benchmarks.bench_protonet`). Contenders run in turn (a, b, a, b, ...) in one run on one machine, and
 the numbers are medians: read the ratios, not the seconds. Where learn2learn is installed for
 another Python, `BENCH_L2L_PYTHON=PATH make bench` measures it too.
+
+Leave the machine alone meanwhile. Another program on a core slows an operator that is split over
+threads several times, and with it the contenders that split operators: each section ends with how
+much of the processor time others took, and a few per cent are too much.
 """
 
 
@@ -52,25 +56,21 @@ def run(name: str) -> str:
         SystemExit: with what it printed, if it fails.
     """
     print(f"{name} ...", flush=True)
-    start = time.time()
+    load, start = Load(), time.time()
     command = [sys.executable, "-m", f"benchmarks.bench_{name}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}\nerror: benchmark {name} failed")
-    print(done.stdout)
-    print(f"{name}: {time.time() - start:.0f} s\n", flush=True)
-    return done.stdout.strip() + "\n"
+    others = f"Other programs took {100 * load.others():.0f} % of the processor time."
+    print(f"{done.stdout}\n{others}\n{name}: {time.time() - start:.0f} s\n", flush=True)
+    return f"{done.stdout.strip()}\n\n{others}\n"
 
 
 def main() -> None:
     """Run all of them and write the page."""
-    load, start = Load(), time.time()
+    start = time.time()
     sections = [run(name) for name in NAMES]
-    minutes, others = (time.time() - start) / 60, 100 * load.others()
-    facts = (
-        f"{machine()}. The run took {minutes:.0f} minutes; other programs took {others:.0f} % of "
-        "the processor time meanwhile.\n"
-    )
+    facts = f"{machine()}. The run took {(time.time() - start) / 60:.0f} minutes.\n"
     RESULTS.write_text("\n".join([HEADING, facts, *sections]))
     print(f"written to {RESULTS.relative_to(ROOT)}")
 
