@@ -100,7 +100,7 @@ def test_help_imports_nothing_heavy():
         ("pipeline.train data.root=~/photos", ["data.root=~/photos: cannot be read; a value with"]),
         ("pipeline.train also_test=[{data:digits,n_way:10}]", ["also_test: n_way: all test sets take that of data.n_way"]),
         ("pipeline.train also_test=null", ["also_test: found None; Input should be a valid list"]),
-        ("pipeline.train +n_way=3", ["n_way: unknown key; allowed are also_test, backbone, data,"]),
+        ("pipeline.train +n_way=3", ["n_way: unknown key; allowed are also_test, backbone, compile,"]),
         ("pipeline.train +backbone.image_size=64", ["backbone.image_size: unknown key; allowed are"]),
         ("pipeline.train learner._target_=pipeline.learners.protonet",
          ["learner._target_: 'pipeline.learners.protonet' cannot be"]),
