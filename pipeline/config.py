@@ -67,7 +67,7 @@ _RESERVED = {"logger", "callbacks", "max_epochs", "enable_progress_bar", "enable
              "default_root_dir", "fast_dev_run", "inference_mode", "limit_train_batches",
              "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
              "check_val_every_n_epoch", "val_check_interval", "reload_dataloaders_every_n_epochs",
-             "barebones"}  # fmt: skip
+             "barebones", "sync_batchnorm"}  # fmt: skip
 """Arguments of Trainer that the commands set themselves, or data.batches_per_epoch stands for."""
 
 _NARROWER: dict[str, Any] = {

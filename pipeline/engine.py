@@ -119,7 +119,7 @@ class ChunkSize:
     """
 
     def __init__(self) -> None:
-        self._bytes: dict[object, int] = {}
+        self._sizes: dict[object, int] = {}
 
     def __call__(self, key: object, one: Callable[[], object], x: Tensor) -> int:
         """Tasks in a chunk.
@@ -131,14 +131,16 @@ class ChunkSize:
         """
         if x.device.type != "cuda":
             return len(x)
-        if key not in self._bytes:
+        if key not in self._sizes:
             torch.cuda.reset_peak_memory_stats(x.device)
             before = torch.cuda.memory_allocated(x.device)
-            one()
-            self._bytes[key] = torch.cuda.max_memory_allocated(x.device) - before
-        cached = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        free = torch.cuda.mem_get_info(x.device)[0] + cached
-        return tasks_that_fit(self._bytes[key], free, len(x))
+            with torch.random.fork_rng([x.device]):  # what it draws, it draws for nothing
+                one()
+            bytes_a_task = torch.cuda.max_memory_allocated(x.device) - before
+            cached = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+            free = torch.cuda.mem_get_info(x.device)[0] + cached
+            self._sizes[key] = tasks_that_fit(bytes_a_task, free, len(x))
+        return self._sizes[key]
 
 
 def tasks_that_fit(bytes_a_task: int, free: int, tasks: int) -> int:

@@ -114,9 +114,31 @@ def test_threads_see_the_modes_of_the_caller(two_threads):
     with torch.autocast("cpu", torch.bfloat16):
         half = learner.predict(batch)
     assert half.dtype == torch.bfloat16
-    with torch.inference_mode():
-        assert learner.predict(batch).is_inference()
-    assert not learner.predict(batch).requires_grad
+
+    def modes(_: object = None, __: object = None) -> tuple[object, ...]:
+        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        return threading.current_thread().name[:4], inference, gradients
+
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            for name, *there in engine.each_task(learner, modes, batch.tasks()):
+                assert name == "task"
+                assert there == list(modes()[1:])
+
+
+def test_operator_threads_are_restored_when_a_task_fails(two_threads):
+    learner, tasks = nn.Linear(1, 1), [0, 1, 2]
+    assert list(engine.each_task(learner, lambda _, task: task, tasks)) == tasks
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        list(engine.each_task(learner, lambda _, task: 1 // (task - 1), tasks))
+    assert torch.get_num_threads() == 2
+
+
+def test_an_optimiser_that_mixes_elements_is_not_stacked():
+    inner = partial(torch.optim.Adafactor, lr=0.01)
+    learner = Reptile(Conv4(1, 20, 6, "group", "stride"), 3, inner, 1, 1, 4, ADAM, None, "vmap")
+    assert learner.engine == "loop"
 
 
 def test_a_twin_shares_parameters_and_nothing_that_a_call_changes():

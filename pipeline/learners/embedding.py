@@ -9,6 +9,8 @@ from pipeline.episode import Classifier, Episode
 from pipeline.functional import count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
+EMBED_BATCH = 256  # images, where no gradient is wanted
+
 
 class EmbeddingLearner(MetaLearner):
     """A learner whose `adapt` is `embed` followed by a `head`.
@@ -66,5 +68,7 @@ class EmbeddingLearner(MetaLearner):
             return super().predict(batch)
         images = torch.cat([batch.support_x, batch.query_x], dim=1)  # (tasks, s+q, C, H, W)
         tasks, n_support = batch.support_y.shape
-        z = self.embed(images.flatten(0, 1)).unflatten(0, (tasks, -1))  # (tasks, s+q, d)
+        flat = images.flatten(0, 1)
+        parts = [flat] if self.training else flat.split(EMBED_BATCH)  # no norm sees its batch then
+        z = torch.cat([self.embed(part) for part in parts]).unflatten(0, (tasks, -1))
         return self.heads(z[:, :n_support], batch.support_y, z[:, n_support:], batch.n_way)

@@ -16,9 +16,8 @@ from pipeline.data.episodes import EpisodeIndices, EpisodeSampler
 from pipeline.episode import Episode
 from pipeline.functional import MeanInterval, mean_ci95
 from pipeline.learners.base import MetaLearner
-from pipeline.learners.embedding import EmbeddingLearner
+from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 
-EMBED_BATCH = 256
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
 

@@ -111,7 +111,8 @@ class GradientLearner(MetaLearner):
 
     def predict(self, batch: Episode) -> Tensor:
         """`adapt` to each task; on a GPU to a chunk of tasks at a time, which is the same."""
-        if resolve(self.engine, batch.query_x.device) == "loop":
+        own = type(self).adapt is not GradientLearner.adapt  # then only `adapt` knows
+        if own or resolve(self.engine, batch.query_x.device) == "loop":
 
             def one(learner: "GradientLearner", task: Episode) -> Tensor:
                 return learner.adapt(task.support_x, task.support_y)(task.query_x)
@@ -180,8 +181,9 @@ class GradientLearner(MetaLearner):
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """The meta-gradient g, computed here, as the gradient of an ordinary loss.
 
-        The tensor to differentiate is <theta, stop_grad(g)>, so automatic optimisation, clipping,
-        loss scaling and DDP need not know.
+        The tensor to differentiate is <theta, stop_grad(g)>, so automatic optimisation, clipping
+        and DDP need not know. Loss scaling (16-mixed) comes too late for the inner loop: on a GPU
+        bf16-mixed is the safe half precision.
         """
         theta = dict(self.net.named_parameters())
         point = {k: v.detach() for k, v in theta.items()}

@@ -44,9 +44,11 @@ class Reptile(GradientLearner):
         )
         self.make_inner_optimizer, self.inner_batch_size = inner_optimizer, inner_batch_size
         try:
-            inner_optimizer([nn.Parameter(torch.zeros(1))])
+            tried = inner_optimizer([nn.Parameter(torch.zeros(1, 1))])
         except (TypeError, ValueError) as error:
             raise UserError(f"learner.inner_optimizer: {error}") from error
+        if type(tried).__name__ in ("Adafactor", "LBFGS", "Muon"):  # they mix the elements
+            self.engine = "loop"
 
     def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """`steps` steps of the inner optimiser, each on all of x."""
@@ -87,7 +89,7 @@ class Reptile(GradientLearner):
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
         """See `GradientLearner.stacked_gradient`.
 
-        One optimiser descends all tasks at once, as those of torch.optim work element by element.
+        One optimiser descends all tasks at once, as most work element by element.
         """
         tasks, m = batch.support_y.shape
         stacked = {k: v.expand(tasks, *v.shape) for k, v in theta.items()}
@@ -102,6 +104,10 @@ class Reptile(GradientLearner):
             loss = self.loss(logits, batch.query_y).mean(1)
         acc = (logits.argmax(2) == batch.query_y).float().mean(1)
         return {k: theta[k] - phi[k] for k in theta}, loss, acc
+
+    def compile_networks(self) -> None:
+        """Refused: the inner loop is that of an optimiser."""
+        raise UserError("compile: found true; Reptile is not compiled, set compile=false")
 
     def stacked_predict(self, batch: Episode) -> Tensor:
         """See `GradientLearner.stacked_predict`."""
