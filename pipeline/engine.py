@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what torch frees for the next step (Linux; elsewhere nothing).
 
     It gives blocks of some MiB, the size of Conv4's activations, back to the kernel, and the next
-    step faults every page in again: a fifth of its time.
+    step faults every page in again: up to a fifth of its time.
     """
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
@@ -57,7 +57,7 @@ def each_task(module: M, work: Callable[[M, T], R], tasks: Sequence[T]) -> Itera
     threads = min(torch.get_num_threads(), len(tasks))
     parameter = next(module.parameters(), None)
     on_cpu = parameter is None or parameter.device.type == "cpu"
-    if threads < 2 or not on_cpu or torch.compiler.is_compiling() or _draws(module, work, tasks[0]):
+    if threads < 2 or not on_cpu or _draws(module, work, tasks[0]):
         for task in tasks:
             yield work(module, task)
         return

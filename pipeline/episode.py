@@ -43,8 +43,8 @@ class Episode(NamedTuple):
 
     def tasks(self) -> "list[Episode]":
         """The tasks of a meta-batch, each without the tasks axis."""
-        return [self.each(lambda field, i=i: field[i]) for i in range(len(self.id))]  # type: ignore[misc]  # mypy cannot infer a default
+        return [self.part(i) for i in range(len(self.id))]
 
-    def part(self, tasks: slice) -> "Episode":
-        """Some tasks of a meta-batch."""
+    def part(self, tasks: int | slice) -> "Episode":
+        """One task of a meta-batch, or some with their tasks axis."""
         return self.each(lambda field: field[tasks])
