@@ -1,12 +1,13 @@
 """Pure maths of few-shot learning. Floor 0: torch only, no state, one task at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+Aux = TypeVar("Aux")
 
 
 def count_ways(support_y: Tensor) -> int:
@@ -69,6 +70,37 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y).float().mean()
 
 
+def plain_autograd() -> bool:
+    """Whether neither a transform of torch.func nor torch.compile is at work."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and not torch.compiler.is_compiling()
+
+
+def gradient(loss: Callable[[Params], tuple[Tensor, Aux]], at: Params) -> tuple[Params, Aux]:
+    """Gradient of a scalar, differentiable again in whatever part of `at` is being differentiated.
+
+    `torch.func.grad`, which may be nested, stacked by vmap and used under `inference_mode`; outside
+    of these the same by `autograd.grad`, as every operator passes through fewer layers: a tenth to
+    a fifth of a meta-gradient's time on a CPU.
+
+    Args:
+        loss: gives the scalar, and what else the caller wants of the computation.
+
+    Returns:
+        The gradient, same keys as `at`; what else `loss` gave, detached by the caller if need be.
+    """
+    if not plain_autograd() or torch.is_inference_mode_enabled():
+        return torch.func.grad(loss, has_aux=True)(at)
+    again = torch.is_grad_enabled() and any(v.requires_grad for v in at.values())
+    if not again:
+        at = {k: v.detach().requires_grad_() for k, v in at.items()}
+    with torch.enable_grad():
+        value, aux = loss(at)
+    inputs = list(at.values())
+    parts = torch.autograd.grad(value, inputs, create_graph=again, materialize_grads=True)
+    return dict(zip(at, parts, strict=True)), aux
+
+
 def inner_sgd(
     loss: Callable[[Params], Tensor], theta: Params, lr: float, steps: int, first_order: bool
 ) -> Params:
@@ -85,10 +117,10 @@ def inner_sgd(
     phi = theta
     for _ in range(steps):
         point = {k: v.detach() for k, v in phi.items()} if first_order else phi
-        gradient = torch.func.grad(loss)(point)
+        grads, _ = gradient(lambda p: (loss(p), ()), point)
         if first_order:
-            gradient = {k: g.detach() for k, g in gradient.items()}
-        phi = {k: v - lr * gradient[k] for k, v in phi.items()}
+            grads = {k: g.detach() for k, g in grads.items()}
+        phi = {k: v - lr * grads[k] for k, v in phi.items()}
     return phi
 
 

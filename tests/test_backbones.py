@@ -114,25 +114,41 @@ def test_statistics_stay_precise_in_mixed_precision():
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)])
-def test_batch_statistics_norm_against_torch_in_value_and_two_derivatives(shape):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_batch_statistics_norm_against_torch_in_value_and_two_derivatives(shape, transformed):
+    """All three of the image, the weight (one is zero) and the bias, through both of its ways."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias, *directions = (
+        torch.randn(s, dtype=torch.float64, generator=generator) for s in (shape, 4, 4) * 2
+    )
+    weight[2] = 0
     norm = BatchStatsNorm(4).double()
-    with torch.no_grad():
-        norm.weight.normal_()
-        norm.bias.normal_()
-    results = []
-    for function in (
-        norm,
-        lambda x: F.batch_norm(x, None, None, norm.weight, norm.bias, training=True),
-    ):
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        x.requires_grad_()
-        y = function(x)
-        (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad((first**2).sum(), x)
-        results.append((y, first, second))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+    def ours(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    def torchs(x, weight, bias):
+        return F.batch_norm(x, None, None, weight, bias, training=True)
+
+    def derivatives(function):
+        def cubed(*at):
+            return (function(*at) ** 3).sum()
+
+        def along(*at):
+            first = torch.func.grad(cubed, argnums=(0, 1, 2))(*at)
+            return sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+
+        return torch.func.grad(along, argnums=(0, 1, 2))(x, weight, bias)
+
+    def plain_derivatives(function):
+        at = [v.clone().requires_grad_() for v in (x, weight, bias)]
+        first = torch.autograd.grad((function(*at) ** 3).sum(), at, create_graph=True)
+        return torch.autograd.grad(first, at, directions)
+
+    second = (derivatives if transformed else plain_derivatives)(ours)
+    torch.testing.assert_close(ours(x, weight, bias), torchs(x, weight, bias))
+    for mine, theirs in zip(second, plain_derivatives(torchs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
 
 
 def test_dropblock_drops_squares_at_about_its_rate_and_rests_in_evaluation():

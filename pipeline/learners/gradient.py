@@ -15,7 +15,7 @@ from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import ChunkSize, Engine, chunks, each_task, resolve
 from pipeline.episode import Classifier, Episode
 from pipeline.errors import UserError
-from pipeline.functional import Params, accuracy, count_ways
+from pipeline.functional import Params, accuracy, count_ways, gradient
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 R = TypeVar("R")
@@ -99,8 +99,11 @@ class GradientLearner(MetaLearner):
             ValueError: also if the support set has another number of classes than the head.
         """
         self._check_ways(count_ways(support_y))
-        theta = {k: v.detach() for k, v in self.net.named_parameters()}
-        return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)
+        with torch.inference_mode(False):  # where `gradient` takes the slower way
+            theta = {k: v.detach() for k, v in self.net.named_parameters()}
+            if support_x.is_inference():  # autograd does not save such tensors
+                support_x, support_y = support_x.clone(), support_y.clone()
+            return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)
 
     def _check_ways(self, n_way: int) -> None:
         if n_way != self.n_way:
@@ -142,8 +145,8 @@ class GradientLearner(MetaLearner):
             loss = F.cross_entropy(logits, task.query_y)
             return loss, (loss.detach(), accuracy(logits, task.query_y))
 
-        gradient, (loss, acc) = torch.func.grad(query_loss, has_aux=True)(theta)
-        return gradient, loss, acc
+        grads, (loss, acc) = gradient(query_loss, theta)
+        return grads, loss, acc
 
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
         """`task_gradient` of all tasks at once, each result with a tasks axis in front."""
@@ -189,8 +192,8 @@ class GradientLearner(MetaLearner):
         point = {k: v.detach() for k, v in theta.items()}
         total = {k: torch.zeros_like(v) for k, v in point.items()}
         loss = acc = torch.zeros((), device=batch.query_y.device)
-        for gradient, task_loss, task_acc in self._gradients(point, batch):
-            for k, g in gradient.items():
+        for grads, task_loss, task_acc in self._gradients(point, batch):
+            for k, g in grads.items():
                 total[k] += g
             loss, acc = loss + task_loss, acc + task_acc
         tasks = len(batch.query_y)

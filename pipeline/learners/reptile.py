@@ -10,7 +10,7 @@ from pipeline.annotations import NonNegativeInt, PositiveInt, Ways
 from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.errors import UserError
-from pipeline.functional import Params, accuracy
+from pipeline.functional import Params, accuracy, gradient
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Gradient, GradientLearner
 
@@ -52,18 +52,21 @@ class Reptile(GradientLearner):
 
     def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """`steps` steps of the inner optimiser, each on all of x."""
-        return self._descend(phi, [(x, y)] * steps, torch.func.grad(self.inner_loss))
+        return self._descend(phi, [(x, y)] * steps, self._inner_gradient)
+
+    def _inner_gradient(self, phi: Params, x: Tensor, y: Tensor) -> Params:
+        return gradient(lambda p: (self.inner_loss(p, x, y), ()), phi)[0]
 
     def _descend(
         self,
         theta: Params,
         batches: Iterable[tuple[Tensor, Tensor]],
-        gradient: Callable[[Params, Tensor, Tensor], Params],
+        grads_of: Callable[[Params, Tensor, Tensor], Params],
     ) -> Params:
         phi = {k: v.detach().clone() for k, v in theta.items()}
         optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # any iterable
         for x, y in batches:
-            for k, g in gradient(phi, x, y).items():
+            for k, g in grads_of(phi, x, y).items():
                 phi[k].grad = g
             optimizer.step()
         return {k: v.detach() for k, v in phi.items()}
@@ -80,7 +83,7 @@ class Reptile(GradientLearner):
         """Theta - phi, with the query loss and accuracy of phi (not used by the step)."""
         parts = self._batches(len(task.support_y), int(task.id))
         batches = [(task.support_x[p], task.support_y[p]) for p in parts]
-        phi = self._descend(theta, batches, torch.func.grad(self.inner_loss))
+        phi = self._descend(theta, batches, self._inner_gradient)
         with torch.no_grad():
             logits = self._predict(phi, task.query_x)
             loss = nn.functional.cross_entropy(logits, task.query_y)
@@ -97,8 +100,8 @@ class Reptile(GradientLearner):
         orders = [self._batches(m, int(i)) for i in batch.id]
         parts = [torch.stack(step) for step in zip(*orders, strict=True)]  # (tasks, size) each
         batches = [(batch.support_x[each, p], batch.support_y[each, p]) for p in parts]
-        gradient = torch.vmap(torch.func.grad(self.inner_loss), randomness="different")
-        phi = self._descend(stacked, batches, gradient)
+        grads_of = torch.vmap(self._inner_gradient, randomness="different")
+        phi = self._descend(stacked, batches, grads_of)
         with torch.no_grad():
             logits = torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
             loss = self.loss(logits, batch.query_y).mean(1)
@@ -114,6 +117,6 @@ class Reptile(GradientLearner):
         tasks = len(batch.query_y)
         theta = {k: v.expand(tasks, *v.shape) for k, v in self.net.named_parameters()}
         batches = [(batch.support_x, batch.support_y)] * self.eval_inner_steps
-        gradient = torch.vmap(torch.func.grad(self.inner_loss), randomness="different")
-        phi = self._descend(theta, batches, gradient)
+        grads_of = torch.vmap(self._inner_gradient, randomness="different")
+        phi = self._descend(theta, batches, grads_of)
         return torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
