@@ -12,13 +12,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import product
 
 import torch
 from torch import nn
 
 from benchmarks import ours, peers
-from benchmarks.harness import Repetition, Times, Worker, interleave, rate, ratio, section, table
+from benchmarks.harness import Times, Worker, interleave, rate, ratio, section, table
 
 TITLE = "Meta-gradients: MAML, FOMAML, ANIL"
 TARGET = (
@@ -29,25 +30,24 @@ REPEATS = 5
 TASKS = 4
 SHAPES = {"28x28 grey": (1, 28), "32x32 colour": (3, 32)}
 NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL"}
-OURS, PEERS, LIBRARY = "ours", "peers", "learn2learn"
+OURS, PEERS, CAST, LIBRARY = "ours", "peers", "peers bf16", "learn2learn"
+OURS_STEP, PEERS_STEP = "benchmarks.ours:gradient_step", "benchmarks.peers:gradient_step"
 HEADER = ["task", "ours, tasks/s", "peers, tasks/s", "ratio", "lowest-highest", "learn2learn"]
 
 
-def library_worker() -> Worker | None:
-    """A process that can import learn2learn, if there is one."""
+def library_python() -> str | None:
+    """A Python that can import learn2learn, if there is one."""
     python = os.environ.get("BENCH_L2L_PYTHON")
-    if python is None:
-        if importlib.util.find_spec("learn2learn") is None:
-            return None
-        python = sys.executable
-    worker = Worker(python)
-    try:
-        task = dict(learner="maml", channels=1, size=28, k_shot=1, steps=1, tasks=1)
-        worker.case("benchmarks.peers:gradient_step", library=True, **task)
-    except RuntimeError:
-        worker.close()
+    if python is None and importlib.util.find_spec("learn2learn") is None:
         return None
-    return worker
+    python = python or sys.executable
+    try:
+        with Worker(python) as worker:
+            task = dict(learner="maml", channels=1, size=28, k_shot=1, steps=1, tasks=1)
+            worker.case(PEERS_STEP, library=True, **task)
+    except RuntimeError:
+        return None
+    return python
 
 
 def row(label: str, times: Times) -> list[str]:
@@ -84,64 +84,51 @@ def largest_difference() -> float:
     return max(((a.grad - b.grad).norm() / b.grad.norm()).item() for a, b in pairs)
 
 
-class Rows:
-    """The table, row by row: every contender in its own process."""
+def measure(task: dict[str, object], library: str | None, bf16: bool = False) -> Times:
+    """A row: every contender in a process of its own, new as that of a training; peers float32."""
+    task = task | {"tasks": TASKS}
+    with ExitStack() as stack:
 
-    def __init__(self) -> None:
-        self.ours, self.peers, self.library = Worker(), Worker(), library_worker()
+        def worker(*python: str) -> Worker:
+            return stack.enter_context(Worker(*python))
 
-    def contenders(self, task: dict[str, object], bf16: bool) -> dict[str, Repetition]:
-        """The step in each process; the peers stay in float32."""
-        step = "benchmarks.peers:gradient_step"
         chosen = {
-            OURS: self.ours.case("benchmarks.ours:gradient_step", bf16=bf16, **task),
-            PEERS: self.peers.case(step, **task),
+            OURS: worker().case(OURS_STEP, bf16=bf16, **task),
+            PEERS: worker().case(PEERS_STEP, **task),
         }
-        if self.library:
-            chosen[LIBRARY] = self.library.case(step, library=True, **task)
-        return chosen
+        if bf16:
+            chosen[CAST] = worker().case(PEERS_STEP, bf16=True, **task)
+        if library:
+            chosen[LIBRARY] = worker(library).case(PEERS_STEP, library=True, **task)
+        return interleave(chosen, REPEATS)
 
-    def float32(self) -> Iterator[list[str]]:
-        """Every learner, image, shot and number of steps."""
-        for learner, shape, k_shot, steps in product(NAMES, SHAPES, (1, 5), (1, 5)):
-            channels, size = SHAPES[shape]
-            task = dict(learner=learner, channels=channels, size=size, k_shot=k_shot, steps=steps)
-            times = interleave(self.contenders(task | {"tasks": TASKS}, bf16=False), REPEATS)
-            counted = f"{steps} step{'s' * (steps > 1)}"
-            yield row(f"{NAMES[learner]} {shape}, {k_shot}-shot, {counted}", times)
 
-    def bf16(self) -> Iterator[list[str]]:
-        """MAML under autocast, against float32 and against the same autocast."""
-        task = dict(learner="maml", channels=1, size=28, k_shot=1, steps=1, tasks=TASKS)
-        label = "MAML 28x28 grey, 1-shot, 1 step, bf16"
-        chosen = self.contenders(task, bf16=True)
-        cast = self.peers.case("benchmarks.peers:gradient_step", bf16=True, **task)
-        times = interleave(chosen | {"cast": cast}, REPEATS)
-        yield row(f"{label}; peers float32", times)
-        yield row(f"{label}; peers bf16", {OURS: times[OURS], PEERS: times["cast"]})
-
-    def close(self) -> None:
-        """End the processes."""
-        for worker in filter(None, (self.ours, self.peers, self.library)):
-            worker.close()
+def rows(library: str | None) -> Iterator[list[str]]:
+    """The table: every learner, image, shot and number of steps; then MAML under autocast."""
+    for learner, shape, k_shot, steps in product(NAMES, SHAPES, (1, 5), (1, 5)):
+        channels, size = SHAPES[shape]
+        task = dict(learner=learner, channels=channels, size=size, k_shot=k_shot, steps=steps)
+        counted = f"{steps} step{'s' * (steps > 1)}"
+        yield row(f"{NAMES[learner]} {shape}, {k_shot}-shot, {counted}", measure(task, library))
+    task = dict(learner="maml", channels=1, size=28, k_shot=1, steps=1)
+    label, times = "MAML 28x28 grey, 1-shot, 1 step, bf16", measure(task, library, bf16=True)
+    yield row(f"{label}; peers float32", times)
+    yield row(f"{label}; peers bf16", {OURS: times[OURS], PEERS: times[CAST]})
 
 
 def main() -> str:
     """The section of the report."""
-    rows = Rows()
-    try:
-        lines = [*rows.float32(), *rows.bf16()]
-    finally:
-        rows.close()
-    library = "ours over learn2learn itself" if rows.library else "not importable"
+    python = library_python()
+    library = "ours over learn2learn itself" if python else "not importable"
     notes = (
-        f"Medians of {REPEATS} interleaved repetitions, float32 but for the last rows. Ratio: ours "
+        f"Medians of {REPEATS} interleaved repetitions, float32 but for the last rows; new "
+        "processes for each row. Ratio: ours "
         "over peers, over neighbouring repetitions. Peers: a clone of the module, `autograd.grad`, "
         "one backward a task; NCHW, `nn.BatchNorm2d`, ReLU before the pool. learn2learn: "
         f"{library}. Largest relative difference of a meta-gradient of MAML "
         f"(float64, 2 steps) between ours and the peers': {largest_difference():.0e}."
     )
-    return section(TITLE, TARGET, table(HEADER, lines), notes)
+    return section(TITLE, TARGET, table(HEADER, rows(python)), notes)
 
 
 if __name__ == "__main__":
