@@ -41,6 +41,7 @@ _ROOT: dict[str, dict[str, Any]] = {
     "train": {
         "seed": Annotated[int, Ge(0), Lt(2**32)],
         "compile": bool,
+        "test": bool,
         "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
         "also_test": list[str | dict[str, Any]],
         "published": list[Published],
@@ -165,6 +166,8 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
                 f"data.n_way={cfg.data.n_way} outputs; both must be the same number"
             )
     optimizer = cfg.learner.get("optimizer")
+    if not optimizer and not cfg.test:
+        yield f"test: found False, but {learner.__name__} has no optimizer: nothing would be done"
     if optimizer and isinstance(optimizer.get("lr"), int | float) and optimizer.lr <= 0:
         yield f"learner.optimizer.lr: found {optimizer.lr}; must be greater than 0"
     for name in ("mean", "std"):

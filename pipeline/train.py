@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,24 @@ if TYPE_CHECKING:
     from pipeline.tracking.run import Run
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    cfg: DictConfig,
+    overrides: Sequence[str] = (),
+    callbacks: "Sequence[pl.Callback]" = (),
+    tags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train as configured, track it in MLflow, print the closing table.
 
     Args:
         cfg: a composed `conf/train.yaml`.
         overrides: what it was composed with; matters for `resume`, which starts from the stored
             configuration and applies them again.
+        callbacks: further ones for the trainer; its logger knows the run.
+        tags: further ones for the run.
 
     Returns:
-        `run_id` and the test metrics, accuracies in 0..1; nothing in further processes (DDP).
+        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`
+        alone); nothing in further processes (DDP).
 
     Raises:
         UserError: for bad input, before anything is computed.
@@ -53,12 +61,12 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     others = other_sources(cfg.also_test or [])
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
-    sets = make_test_sets(cfg, data, others, cfg.test_k_shot)
+    sets = make_test_sets(cfg, data, others, cfg.test_k_shot) if cfg.test else []
     seen = seen_by(data)
     if last and not seen.same_as(checkpoints.stored_seen(last)):
         raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
     refuse_seen(seen, sets)
-    main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0])
+    main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0] if sets else None)
     keep_freed_memory()
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape, pretrained=not resume)
@@ -66,7 +74,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         learner.compile_networks()
 
     resolved = _resolved(cfg, data.image_shape)
-    tags = {
+    facts = {
         "seed": cfg.seed,
         "data.fingerprint": seen.fingerprint,
         "protocol": learner.protocol,
@@ -76,17 +84,22 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
     first = getattr(rank_zero_only, "rank", 0) == 0
     name = cfg.run_name or f"{learner.label} {data.source.name}"
-    run = tracked_run(cfg.experiment_name, name, resolved, tags, resume)
+    run = tracked_run(cfg.experiment_name, name, resolved, {**facts, **(tags or {})}, resume)
     with run if first else nullcontext(NoRun()) as tracked:
         reporting.log_datasets(tracked, data, sets)
         step = 0
         if "optimizer" in cfg.learner:
             provenance = checkpoints.Provenance(resolved, seen)
             best_before = partial(find_checkpoint, resume, "best")
-            best = _fit(learner, data, options, provenance, tracked, last, best_before)
+            extra = [provenance, *callbacks]
+            best, score = _fit(learner, data, options, extra, tracked, last, best_before)
             if not first:
                 return {}
             step = checkpoints.load_weights(learner, best)
+            tracked.log_metrics({"val/best_acc": score}, step)
+            if not cfg.test:
+                print(f"best val/acc {score:.4f} after step {step}; {tracked.where()}")
+                return {"run_id": tracked.run_id, "val/acc": score}
         return reporting.test_and_report(
             tracked, learner, sets, cfg.published, step, main_set, "results.csv"
         )
@@ -108,18 +121,18 @@ def _fit(
     learner: "pl.LightningModule",
     data: "pl.LightningDataModule",
     options: dict[str, Any],
-    provenance: "pl.Callback",
+    callbacks: "Sequence[pl.Callback]",
     tracked: "Run",
     start: Path | None,
     best_before: Callable[[], Path],
-) -> Path:
+) -> tuple[Path, float]:
     """Fit with Lightning, from a last checkpoint or from scratch; the learner stays on its device.
 
     Args:
         best_before: finds the best checkpoint of a run that goes on.
 
     Returns:
-        Path of the checkpoint with the best val/acc.
+        Path of the checkpoint with the best val/acc, and that val/acc.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -140,7 +153,7 @@ def _fit(
     trainer = pl.Trainer(
         **options,
         logger=RunLogger(tracked),
-        callbacks=[best, last, provenance, *progress_callbacks()],
+        callbacks=[best, last, *callbacks, *progress_callbacks()],
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,  # the data module deals the episodes itself
@@ -152,9 +165,9 @@ def _fit(
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
     learner.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    if not best.best_model_path:
+    if not best.best_model_path or best.best_model_score is None:
         raise UserError("trainer: training ended before its first validation; nothing was tested")
-    return Path(best.best_model_path)
+    return Path(best.best_model_path), float(best.best_model_score)
 
 
 def _device_name(accelerator: str) -> str:
