@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 
 COMMANDS = {
     "train": "meta-train a learner, keep the best checkpoint, test it once",
+    "sweep": "search for the values that validate best, with workers side by side",
     "evaluate": "score a trained run on the fixed test episodes, or on other data",
     "ui": "open the MLflow UI on the tracked runs",
 }
@@ -43,7 +44,7 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
     A run that is resumed has its own configuration, to which it applies the overrides itself.
     """
-    if resume := [o for o in overrides if o.startswith("resume=")]:
+    if name == "train" and (resume := [o for o in overrides if o.startswith("resume=")]):
         alone = compose_config(name, resume)
         if alone.resume is not None:
             if not isinstance(alone.resume, str) or not alone.resume:
@@ -52,14 +53,23 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         return compose_config(name, overrides)
     except OverrideError as error:
-        from pipeline import config
-
         fitting = compose_config(name, error.fitting)
         try:
-            config.check(fitting) if name == "train" else config.check_root(fitting, name)
+            _check(name, fitting, error.fitting)
         except UserError as more:
             raise UserError(f"{error}\n{more}") from error
         raise
+
+
+def _check(name: str, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    if name == "sweep":
+        from pipeline.study import settings
+
+        settings.read(cfg, overrides)
+        return
+    from pipeline import config
+
+    config.check(cfg) if name == "train" else config.check_root(cfg, name)
 
 
 def _stored(run_id: str, overrides: Sequence[str]) -> DictConfig:

@@ -54,7 +54,7 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    assert commands == ["pipeline.train", "pipeline.evaluate", "pipeline.ui"]
+    assert commands == ["pipeline.train", "pipeline.sweep", "pipeline.evaluate", "pipeline.ui"]
     for command in commands:
         seconds = []
         for _ in range(3):

@@ -55,9 +55,12 @@ class Run:
         from omegaconf import OmegaConf
 
         if not changed:
-            values = {k: str(v)[:_PARAM_LIMIT] for k, v in flatten(config).items()}
-            self._send("params", values=values)
-        self._log_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), "config.yaml")
+            self.log_values(flatten(config))
+        self.log_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), "config.yaml")
+
+    def log_values(self, values: Mapping[str, Any]) -> None:
+        """Parameters, as text; MLflow takes each once."""
+        self._send("params", values={k: str(v)[:_PARAM_LIMIT] for k, v in values.items()})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags, as text."""
@@ -65,10 +68,16 @@ class Run:
 
     def log_table(self, frame: "pd.DataFrame", csv: str, table: str) -> None:
         """A CSV file for people, and rows added to a table that the MLflow UI shows."""
-        self._log_text(frame.to_csv(index=False), csv)
+        self.log_text(frame.to_csv(index=False), csv)
         clean = json.loads(frame.to_json(orient="columns"))
         columns = {key: list(column.values()) for key, column in clean.items()}
         self._send("table", columns=columns, to=table)
+
+    def put_table(self, frame: "pd.DataFrame", path: str) -> None:
+        """A table that the MLflow UI shows, in place of the one that was at this path."""
+        self.log_text(frame.to_json(orient="split", index=False), path)
+        shown = [{"path": path, "type": "table"}]
+        self.set_tags({"mlflow.loggedArtifacts": json.dumps(shown)})
 
     def log_figure(self, figure: "Figure", path: str) -> None:
         """A PNG at the artifact path."""
@@ -81,7 +90,8 @@ class Run:
         """A file into the artifact folder `to`."""
         self._send("file", path=str(path), to="" if to == "." else to)
 
-    def _log_text(self, text: str, path: str) -> None:
+    def log_text(self, text: str, path: str) -> None:
+        """A text file at the artifact path."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / Path(path).name
             file.write_text(text)
@@ -159,7 +169,8 @@ def tracked_run(
     Raises:
         UserError: if the store cannot be used or the run to resume does not exist.
     """
-    run = _open(experiment, name, resume)
+    first = {k: str(v) for k, v in tags.items()}  # a kill finds them, however early it comes
+    run = _open(experiment, name, resume, first)
     monitor = None
     status = "FAILED"
     try:
@@ -180,7 +191,7 @@ def tracked_run(
         run.close(status)
 
 
-def _open(experiment: str, name: str, resume: str | None) -> Run:
+def _open(experiment: str, name: str, resume: str | None, tags: dict[str, str]) -> Run:
     """A new run, or the stopped one running again; first sends what others had to keep."""
     client, uri = store.connect(), store.tracking_uri()
     with store.opening(uri):
@@ -188,7 +199,8 @@ def _open(experiment: str, name: str, resume: str | None) -> Run:
         if resume:
             client.update_run(store.existing(client, resume), status="RUNNING")
             return Run(client, resume)
-        created = client.create_run(store.experiment_id(client, experiment), run_name=name)
+        where = store.experiment_id(client, experiment)
+        created = client.create_run(where, run_name=name, tags=tags)
         return Run(client, created.info.run_id)
 
 

@@ -1,0 +1,170 @@
+"""Where trials are kept, and how one whose worker died is taken up again. Floor 5."""
+
+import logging
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.storages import RDBStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pipeline.errors import UserError
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+SILENT_BEATS = 4  # missed ones after which a trial is lost
+_BROKEN = (ImportError, OSError, ValueError)
+
+
+def quieten() -> None:
+    """Optuna's log lines and its notices about what is experimental stay out of a terminal."""
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
+
+
+def local_url(mlruns: Path) -> str:
+    """A file of its own: MLflow's and Optuna's tables do not fit into one."""
+    return f"sqlite:///{mlruns / 'optuna.db'}"
+
+
+def prepare(url: str, mlruns: Path) -> None:
+    """Make the database before workers meet at it.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    if not url.startswith("sqlite:///"):
+        open_storage(url, 60, 1).remove_session()
+        return
+    import sqlite3
+
+    from filelock import FileLock
+
+    with FileLock(mlruns / ".optuna.lock"):
+        open_storage(url, 60, 1).remove_session()
+        with suppress(sqlite3.Error):  # a network disk cannot; slower, not wrong
+            connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=20)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+
+
+def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
+    """The database at a URL of SQLAlchemy.
+
+    Args:
+        heartbeat: seconds between two signs of life of a trial.
+        attempts: of a trial whose worker dies.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    quieten()
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        options = {"connect_args": {"timeout": 60}}
+    try:
+        return RDBStorage(
+            url,
+            engine_kwargs=options,
+            heartbeat_interval=heartbeat,
+            grace_period=SILENT_BEATS * heartbeat,
+            heartbeat_stale_trial_callback=lambda study, trial: _again(study, trial, attempts),
+        )
+    except (SQLAlchemyError, *_BROKEN) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"storage: {url} cannot be opened ({reason})") from error
+
+
+def trial_id(storage: RDBStorage, study: str, number: int) -> int:
+    """The storage's id of a trial."""
+    return storage.get_trial_id_from_study_id_trial_number(
+        storage.get_study_id_from_name(study), number
+    )
+
+
+def requeue(storage: RDBStorage, study: Study, number: int, attempts: int | None = None) -> None:
+    """End a trial that stopped in the middle and have its values run again, from where it was.
+
+    Args:
+        attempts: how often a trial may be begun that takes its worker down; None for one that
+            was stopped from outside.
+    """
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody else was first
+        storage.set_trial_state_values(trial_id(storage, study.study_name, number), TrialState.FAIL)
+        _again(study, study.get_trials(deepcopy=False)[number], attempts)
+
+
+def _again(study: Study, trial: FrozenTrial, attempts: int | None) -> None:
+    deaths = trial.user_attrs.get("deaths", 0) + (attempts is not None)
+    if attempts is not None and deaths >= attempts:
+        return
+    kept = {k: v for k, v in trial.user_attrs.items() if k not in ("process", "error")}
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={**kept, "deaths": deaths, "continues": trial.number},
+            system_attrs=trial.system_attrs,
+            intermediate_values=trial.intermediate_values,
+        )
+    )
+
+
+def this_process() -> list[Any]:
+    """Host, process id and start: what tells whether it still lives."""
+    return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
+
+
+def lost_here(trials: Sequence[FrozenTrial]) -> list[int]:
+    """Numbers of running trials whose process was on this machine and is gone."""
+    lost = []
+    for trial in trials:
+        host, pid, start = trial.user_attrs.get("process", ["", 0, 0.0])
+        if trial.state != TrialState.RUNNING or host != socket.gethostname():
+            continue
+        try:
+            process = psutil.Process(pid)
+            alive = (
+                abs(process.create_time() - start) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            alive = False
+        if not alive:
+            lost.append(trial.number)
+    return lost
+
+
+@contextmanager
+def heartbeats(storage: RDBStorage, trial: int) -> Iterator[None]:
+    """Sign that a trial (its id) lives, until the block ends; a lost database is tried again."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with suppress(SQLAlchemyError, optuna.exceptions.StorageInternalError):
+                storage.record_heartbeat(trial)
+            if over.wait(storage.get_heartbeat_interval()):
+                break
+        storage.remove_session()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

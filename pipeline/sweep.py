@@ -1,0 +1,151 @@
+"""`python -m pipeline.sweep`: search for the values that validate best. Floor 5."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from pipeline.cli import main
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optuna.study import Study
+
+    from pipeline.study.driver import Driver, Executor
+    from pipeline.study.settings import Settings
+    from pipeline.study.worker import Job
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run trials until `n_trials` have ended; track the study and print the best.
+
+    Args:
+        cfg: a composed `conf/sweep.yaml`.
+        overrides: what it was composed with; the trainings are composed with them too.
+
+    Returns:
+        `study`, `run_id` of the parent run, `best_value` and `best_params` (of the first
+        objective; None without a complete trial).
+
+    Raises:
+        UserError: for bad input, or if trials fail one after another.
+    """
+    from pipeline.study import settings as reading
+
+    settings = reading.read(cfg, overrides)
+    from pipeline.study import storage as kept
+    from pipeline.study.driver import Driver, default_job
+    from pipeline.study.live import Progress
+    from pipeline.study.search import make_study
+    from pipeline.study.summary import best_trials, print_best, summarise
+    from pipeline.tracking import store
+    from pipeline.tracking.run import tracked_run
+    from pipeline.tracking.study import PARENT, is_run
+
+    store.connect()
+    url = cfg.storage or kept.local_url(store.MLRUNS)
+    kept.prepare(url, store.MLRUNS)
+    storage = kept.open_storage(url, cfg.heartbeat, cfg.attempts)
+    study = make_study(settings, storage, reading.fingerprint(cfg, settings.space))
+    known = study.user_attrs.get("run_id")
+    tags = {"study": settings.name, "storage": _without_password(url)}
+    run = tracked_run(
+        cfg.experiment_name, settings.name, reading.shown(settings), tags,
+        known if is_run(known) else None,
+    )  # fmt: skip
+    with run as parent:
+        study.set_user_attr("run_id", parent.run_id)
+        job = default_job(settings, url, {"study": settings.name, PARENT: parent.run_id})
+        logs = store.MLRUNS / "sweeps" / settings.name
+        executor = _make_executor(cfg, logs)
+        steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
+        with Progress(settings.name, cfg.n_trials, steps) as progress:
+            driver = Driver(settings, study, storage, executor, job, parent, progress)
+            progress.say(f"study {settings.name}: {cfg.n_trials} trials, {executor.slots} at once")
+            progress.say(f"what they print is in {logs}")
+            try:
+                list(driver.carry_out([_checking(job, settings)]))
+                driver.run()
+                if cfg.retrain_best:
+                    _retrain(driver, study, job)
+            except KeyboardInterrupt:
+                progress.say("stopping; trials at work keep their checkpoints, and the same command"
+                             " goes on with them")  # fmt: skip
+                raise
+            finally:
+                driver.stop()
+                summarise(settings, study, parent, driver.efficiency)
+        print_best(settings, study, url, parent, driver.efficiency)
+    best = next(iter(best_trials(study)), None)
+    return {
+        "study": settings.name,
+        "run_id": parent.run_id,
+        "best_value": best.values[0] if best else None,
+        "best_params": best.params if best else None,
+    }
+
+
+def _checking(job: "Job", settings: "Settings") -> "Job":
+    from pipeline.study.space import corners
+
+    return job._replace(kind="check", values=[{}, *corners(settings.space)])
+
+
+def _make_executor(cfg: DictConfig, logs: "Path") -> "Executor":
+    use_gpus = cfg.trainer.accelerator in ("auto", "gpu", "cuda")
+    if cfg.executor == "ray":
+        from pipeline.study.ray import RayExecutor
+
+        return RayExecutor(cfg.address, cfg.workers, cfg.workers_per_gpu, use_gpus)
+    if cfg.executor == "slurm":
+        from omegaconf import OmegaConf
+
+        from pipeline.study.slurm import SlurmExecutor
+
+        if cfg.workers == "auto":
+            raise UserError("workers: found 'auto'; with executor=slurm give the jobs at once")
+        parameters: Any = OmegaConf.to_container(cfg.slurm)
+        return SlurmExecutor(logs, cfg.workers, parameters)
+    from pipeline.study.local import LocalExecutor, environments
+
+    places = environments(cfg.workers, cfg.workers_per_gpu, use_gpus)
+    return LocalExecutor(places[: cfg.n_trials], logs)
+
+
+def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
+    """Train the best values with seeds that no trial had, and test each once.
+
+    The study notes what is done, so that a sweep that was killed meanwhile does the rest.
+    """
+    from pipeline.study.summary import best_trials
+
+    cfg, (best, *_) = driver.settings.cfg, best_trials(study)
+    what = f"trial {best.number}"
+    done = study.user_attrs.get("retrained", {}).get(what, {})
+    jobs = []
+    for seed in range(cfg.seed + 1, cfg.seed + 1 + cfg.retrain_seeds):
+        if str(seed) not in done:
+            values = {
+                **best.params,
+                "seed": seed,
+                "run_name": f"best of {study.study_name}, seed {seed}",
+            }
+            tags = {**job.tags, "retrained": what}
+            jobs.append(job._replace(kind="train", values=[values], tags=tags))
+    for reply in driver.carry_out(jobs):
+        seed, result = reply["job"].values[0]["seed"], reply["result"]
+        done[str(seed)] = result["run_id"]
+        study.set_user_attr("retrained", {what: done})
+        driver.progress.say(f"best values, seed {seed}: test/acc {result['test/acc']:.4f} ± "
+                            f"{result['test/acc_ci95']:.4f}, run {result['run_id']}")  # fmt: skip
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.rpartition(':')[0]}:***@{tail}" if at else url
+
+
+if __name__ == "__main__":
+    main("sweep", run)

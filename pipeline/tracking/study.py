@@ -1,0 +1,45 @@
+"""The runs of a sweep: a parent, and its trials as children."""
+
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+from pipeline.tracking import store
+from pipeline.tracking.run import Run
+
+PARENT = "mlflow.parentRunId"
+
+
+def is_run(run_id: str | None) -> bool:
+    """Whether the store has such a run."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return False
+    with suppress(MlflowException):
+        return store.connect().get_run(run_id).info.lifecycle_stage == "active"
+    return False
+
+
+def close_dead(parent: Run, alive: Collection[int], others: bool) -> None:
+    """Mark KILLED the child runs that say RUNNING and whose trial does not run any more.
+
+    Args:
+        alive: numbers of the trials that run.
+        others: close those too that are no trials.
+    """
+    client = store.connect()
+    wanted = f"tags.`{PARENT}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+    for child in client.search_runs([parent.experiment_id], wanted, max_results=1000):
+        trial = child.data.tags.get("trial")
+        if others if trial is None else int(trial) not in alive:
+            client.set_terminated(child.info.run_id, "KILLED")
+
+
+def name_best(parent: Run, values: dict[str, Any]) -> None:
+    """The best values as parameters, which do not change any more, and as tags, which do."""
+    known = store.connect().get_run(parent.run_id).data.params
+    named = {f"best.{key}": str(value) for key, value in values.items()}
+    parent.set_tags(named)
+    if not any(known.get(key, value) != value for key, value in named.items()):
+        parent.log_values(named)

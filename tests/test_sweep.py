@@ -1,0 +1,468 @@
+"""Sweeps: what is searched, who runs it, and what happens when workers and drivers are killed."""
+
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from omegaconf import OmegaConf
+from optuna.trial import TrialState
+
+from pipeline import sweep
+from pipeline.compose import CONF, compose_config
+from pipeline.errors import UserError
+from pipeline.study import local, search, settings, storage
+from pipeline.study.driver import Driver, default_job
+from pipeline.study.space import Dimension, corners, defaults, dimensions, suggest
+from pipeline.study.worker import Job
+from pipeline.tracking import store
+from tests.test_train import REPO, SMALL
+
+LEARNERS = sorted(p.stem for p in (CONF / "learner").glob("*.yaml"))
+TRAINED = [
+    name for name in LEARNERS if "optimizer" in compose_config("train", [f"learner={name}"]).learner
+]
+
+
+def composed(*overrides: str) -> settings.Settings:
+    return settings.read(compose_config("sweep", overrides), overrides)
+
+
+# --- what is searched
+
+
+@pytest.mark.parametrize("learner", TRAINED)
+def test_every_learner_has_a_space_of_valid_values(learner):
+    """The rates first; each bound is a training that would be accepted."""
+    from pipeline import config
+
+    made = composed(f"learner={learner}")
+    assert "lr" in made.space[0].key
+    assert defaults(made.space, made.cfg) is not None, "its own values lie in its space"
+    for values in corners(made.space):
+        config.check(
+            compose_config(
+                "train",
+                [f"learner={learner}", *(f"{k}={json.dumps(v)}" for k, v in values.items())],
+            )
+        )
+
+
+def test_a_learner_without_training_cannot_be_swept():
+    with pytest.raises(UserError, match="learner: PixelCentroid has nothing to train"):
+        composed("learner=pixel_centroid", "+space.learner.lr={low:0.1,high:1}")
+
+
+def test_space_on_the_command_line():
+    made = composed(
+        "learner=maml", "space.learner.inner_lr.high=2", "~space.learner.inner_steps",
+        "+space.data.k_shot={choices:[1,5]}", "n_trials=3", "trainer.max_steps=400",
+    )  # fmt: skip
+    keys = {d.key: d for d in made.space}
+    assert list(keys) == ["learner.inner_lr", "learner.optimizer.lr", "data.k_shot"]
+    assert keys["learner.inner_lr"].high == 2
+    assert made.overrides == ["learner=maml", "trainer.max_steps=400"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("space.learner.inner_lr.low=0", "space.learner.inner_lr: found .*; log needs low > 0"),
+        ("space.learner.inner_lr.low=3", "space.learner.inner_lr: found .*; needs low <= high"),
+        ("space.learner.inner_lr.low=x", "space.learner.inner_lr.low: found x; Input should be a"),
+        ("+space.learner.inner_lr.lo=1", "space.learner.inner_lr.lo: found 1; Extra inputs"),
+        ("+space.learner.typo={low:1,high:2}", r"space.learner.typo: no such key in the config"),
+        ("space.learner.inner_lr=0.1", "space.learner.inner_lr: found 0.1; needs low and high, or"),
+        ("n_trials=0", "n_trials: found 0; Input should be greater than or equal to 1"),
+        ("sampler=best", "sampler: found 'best'; Input should be 'tpe', 'gp'"),
+        ("test=true", "test=true: a trial is never tested"),
+        ("resume=abc", "resume=abc: the same command goes on"),
+        ("trainer.devices=2", "trainer.devices: found 2; each trial of a sweep has one device"),
+        ("objectives=[test/acc]", "objectives: found "),
+    ],
+)
+def test_bad_settings_are_named(override, line):
+    with pytest.raises(UserError, match=line):
+        composed("learner=maml", override)
+
+
+def test_a_condition_decides_whether_a_dimension_takes_part():
+    space = [
+        Dimension(key="learner.first_order", choices=[True, False]),
+        Dimension(key="learner.inner_steps", low=1, high=3, when={"learner.first_order": True}),
+        Dimension(key="learner.inner_lr", low=0.1, high=0.2, when={"learner.adapted": "head"}),
+    ]
+    cfg = compose_config("train", ["learner=maml"])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [suggest(study.ask(), space, cfg) for _ in range(20)]
+    assert {"learner.inner_lr"} & set().union(*drawn) == set()  # adapted is "all" here
+    for values in drawn:
+        assert ("learner.inner_steps" in values) == values["learner.first_order"]
+
+
+def test_grids_cover_their_range():
+    assert Dimension(key="k", low=1, high=4).grid() == [1, 2, 3, 4]
+    assert Dimension(key="k", low=1, high=9, step=4).grid() == [1, 5, 9]
+    assert Dimension(key="k", low=0.0, high=1.0, step=0.5).grid() == [0.0, 0.5, 1.0]
+    rates = Dimension(key="k", low=1e-4, high=1.0, log=True).grid()
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_a_study_is_named_by_what_makes_it():
+    first = composed("learner=maml")
+    assert first.name.startswith("maml-glyphs-")
+    assert composed("learner=maml", "n_trials=99", "workers=1").name == first.name
+    assert composed("learner=maml", "space.learner.inner_lr.high=2").name != first.name
+    assert composed("learner=maml", "data.k_shot=5").name != first.name
+
+
+def test_places_of_workers(monkeypatch):
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    both = local.environments("auto", 2, use_gpus=True)
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in both] == ["2", "2", "5", "5"]
+    assert {e["OMP_NUM_THREADS"] for e in both} == {"2"}
+    with pytest.raises(UserError, match="workers: found 5; 2 GPUs with workers_per_gpu=2 take 4"):
+        local.environments(5, 2, use_gpus=True)
+    cpu = local.environments(4, 1, use_gpus=False)
+    assert [(e["CUDA_VISIBLE_DEVICES"], e["OMP_NUM_THREADS"]) for e in cpu] == [("", "2")] * 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.gpus() == []
+
+
+# --- the driver, with workers that train nothing
+
+
+class Nobody:
+    """A parent run and a progress that take everything."""
+
+    run_id, experiment_id = "", "0"
+
+    def __getattr__(self, name: str):
+        return lambda *a, **k: None
+
+
+class Pretended:
+    """Workers as threads that sleep and tell; some die, some are stopped, some fail."""
+
+    def __init__(self, study, database, slots=3, seed=0, trouble=0.3):
+        self.study, self.storage, self.slots = study, database, slots
+        self.random, self.trouble = random.Random(seed), trouble
+        self.at_work, self.done = 0, queue.SimpleQueue()
+
+    def free(self):
+        return self.slots - self.at_work
+
+    def submit(self, job: Job):
+        self.at_work += 1
+        fate = self.random.choice(["lost", "interrupted", "failed"])
+        fate = fate if self.random.random() < self.trouble else "complete"
+        threading.Thread(target=self._work, args=(job, fate, self.random.random() / 20)).start()
+
+    def _work(self, job: Job, fate: str, seconds: float):
+        time.sleep(seconds)
+        reply = {"trial": job.trial, "values": job.values, "state": fate, "error": "on purpose"}
+        if fate == "interrupted":
+            storage.requeue(self.storage, self.study, job.trial)
+        elif fate != "lost":
+            state = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}[fate]
+            value = job.values[0]["learner.inner_lr"] if fate == "complete" else None
+            self.study.tell(job.trial, value, state=state)
+        self.done.put(reply)
+
+    def replies(self, seconds):
+        try:
+            reply = self.done.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        self.at_work -= 1
+        return [reply]
+
+    def close(self):
+        pass
+
+
+def a_driver(url: str, made: settings.Settings, **pretended) -> Driver:
+    database = storage.open_storage(url, 60, 3)
+    study = search.make_study(made, database, settings.fingerprint(made.cfg, made.space))
+    job = default_job(made, url, {})
+    nobody = Nobody()
+    workers = Pretended(study, database, **pretended)
+    return Driver(made, study, database, workers, job, nobody, nobody)
+
+
+@pytest.fixture
+def no_runs(monkeypatch):
+    from pipeline.study import driver
+
+    monkeypatch.setattr(driver, "close_dead", lambda *a: None)
+    monkeypatch.setattr(driver, "MOST_FAILURES", 1000)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "grid"])
+def test_exactly_n_trials_end_whatever_happens(tmp_path, no_runs, sampler):
+    made = composed("learner=maml", "n_trials=12", f"sampler={sampler}", "attempts=99")
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    driver = a_driver(url, made)
+    driver.run()
+    trials = driver.study.get_trials()
+    ended = [t for t in trials if t.state in storage.FINISHED]
+    assert len(ended) == 12
+    assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+    taken_up = {t.user_attrs["continues"]: t for t in trials if "continues" in t.user_attrs}
+    assert taken_up, "some were lost or stopped"
+    for number, again in taken_up.items():
+        assert again.params == trials[number].params
+        assert trials[number].state == TrialState.FAIL
+    if sampler == "grid":
+        assert len({tuple(t.params.values()) for t in ended}) == 12
+    made = composed("learner=maml", "n_trials=14", f"sampler={sampler}", "attempts=99")
+    more = a_driver(url, made)
+    more.run()  # goes on
+    ended = [t for t in more.study.get_trials() if t.state in storage.FINISHED]
+    assert len(ended) == 14
+    assert len({t.params["learner.inner_lr"] for t in ended}) >= (14 if sampler != "grid" else 2)
+
+
+def test_two_drivers_share_a_study(tmp_path, no_runs):
+    made = composed("learner=maml", "n_trials=15", "sampler=random", "attempts=99")
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    drivers = [a_driver(url, made, seed=i) for i in range(2)]
+    threads = [threading.Thread(target=d.run) for d in drivers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    trials = drivers[0].study.get_trials()
+    assert sum(t.state in storage.FINISHED for t in trials) == 15
+    assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def test_values_that_kill_their_worker_are_given_up(tmp_path, no_runs, monkeypatch):
+    made = composed("learner=maml", "n_trials=3", "attempts=2", "sampler=random")
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    driver = a_driver(url, made, trouble=0)
+    work, deadly = driver.executor._work, set()
+
+    def dies(job, fate, seconds):
+        if not deadly:
+            deadly.add(job.values[0]["learner.inner_lr"])
+        work(job, "lost" if job.values[0]["learner.inner_lr"] in deadly else fate, seconds)
+
+    monkeypatch.setattr(driver.executor, "_work", dies)
+    driver.run()
+    trials = driver.study.get_trials()
+    killed = [t for t in trials if t.params["learner.inner_lr"] in deadly]
+    assert [t.state for t in killed] == [TrialState.FAIL] * 2
+    assert sum(t.state == TrialState.COMPLETE for t in trials) == 3
+
+
+def test_failures_one_after_another_stop_a_sweep(tmp_path, no_runs, monkeypatch):
+    from pipeline.study import driver as module
+
+    monkeypatch.setattr(module, "MOST_FAILURES", 3)
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    driver = a_driver(url, composed("learner=maml", "n_trials=9"), trouble=1.0)
+    driver.executor.random.choice = lambda fates: "failed"
+    with pytest.raises(UserError, match=r"trial \d: on purpose"):
+        driver.run()
+    assert sum(t.state == TrialState.FAIL for t in driver.study.get_trials()) >= 3
+
+
+def test_a_trial_whose_process_is_gone_is_found(tmp_path):
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    database = storage.open_storage(url, 60, 3)
+    study = optuna.create_study(storage=database)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    import psutil
+
+    here = storage.this_process()
+    there = [here[0], child.pid, psutil.Process(child.pid).create_time()]
+    for process in (here, there, ["elsewhere", 1, 0.0]):
+        study.ask().set_user_attr("process", process)
+    assert storage.lost_here(study.get_trials()) == []
+    child.kill()
+    assert storage.lost_here(study.get_trials()) == [1]  # a zombie is no worker
+    child.communicate()
+    assert storage.lost_here(study.get_trials()) == [1]
+
+
+def test_a_study_of_other_settings_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    storage.prepare(url, tmp_path)
+    database = storage.open_storage(url, 60, 3)
+    first = composed("learner=maml", "study=mine")
+    search.make_study(first, database, settings.fingerprint(first.cfg, first.space))
+    other = composed("learner=anil", "study=mine")
+    with pytest.raises(UserError, match="study: 'mine' was made with other settings"):
+        search.make_study(other, database, settings.fingerprint(other.cfg, other.space))
+
+
+def test_a_storage_that_cannot_be_opened():
+    with pytest.raises(UserError, match="storage: nonsense cannot be opened"):
+        storage.open_storage("nonsense", 60, 3)
+
+
+# --- whole sweeps
+
+TINY = [
+    *SMALL, "data.val_episodes=10", "trainer.max_steps=60", "heartbeat=2", "workers=2",
+    "space.data.meta_batch_size.choices=[2,4]",
+]  # fmt: skip
+
+
+def children(parent: str) -> list:
+    client = store.connect()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent}'")
+
+
+def the_study(made: settings.Settings) -> optuna.Study:
+    database = storage.open_storage(storage.local_url(store.MLRUNS), 2, 3)
+    return optuna.load_study(study_name=made.name, storage=database)
+
+
+def start(*overrides: str) -> subprocess.Popen:
+    """A sweep in a process of its own, which says at its end whether it imported torch."""
+    code = (
+        "import sys; from pipeline.cli import main; from pipeline.sweep import run; main('sweep', run);"
+        "sys.exit(3 if {'torch', 'pytorch_lightning'} & set(sys.modules) else 0)"
+    )
+    env = {**os.environ, "PIPELINE_MLRUNS": str(store.MLRUNS)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *overrides], cwd=REPO, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if process.poll() is not None:
+            raise AssertionError(f"the sweep ended: {process.stdout.read()}")
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def test_kill_9_of_a_worker_and_of_the_driver(runs_folder):
+    """Nothing lost, trials resumed, exactly n_trials, no run left RUNNING, no torch in the driver."""
+    overrides = [*TINY, "n_trials=5", "pruner=none", "retrain_best=true", "retrain_seeds=1"]
+    made = composed(*overrides)
+    process = start(*overrides)
+    wait_until((store.MLRUNS / "optuna.db").exists, process)
+
+    def with_checkpoint():
+        for trial in trials():
+            run_id = trial.user_attrs.get("run_id")
+            last = store.MLRUNS / "checkpoints" / str(run_id) / "last.ckpt"
+            if trial.state == TrialState.RUNNING and run_id and last.exists():
+                return trial
+        return None
+
+    def trials():
+        try:
+            return the_study(made).get_trials(deepcopy=False)
+        except KeyError:  # not made yet
+            return []
+
+    victim = wait_until(with_checkpoint, process)
+    os.kill(victim.user_attrs["process"][1], signal.SIGKILL)
+    wait_until(lambda: any(t.user_attrs.get("deaths") for t in trials()), process)
+    wait_until(lambda: sum(t.state in storage.FINISHED for t in trials()) >= 2, process)
+    wait_until(with_checkpoint, process)
+    process.kill()
+    process.communicate()
+    process = start(*overrides)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+
+    found = trials()
+    assert sum(t.state == TrialState.COMPLETE for t in found) == 5
+    assert not [t for t in found if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+    (again,) = [t for t in found if t.user_attrs.get("continues") == victim.number]
+    assert again.user_attrs["run_id"] == victim.user_attrs["run_id"]
+    parent = the_study(made).user_attrs["run_id"]
+    client = store.connect()
+    assert client.get_run(parent).info.status == "FINISHED"
+    runs = {r.info.run_id: r for r in children(parent)}
+    assert {r.info.status for r in runs.values()} <= {"FINISHED", "KILLED"}
+    for trial in found:
+        if trial.state == TrialState.COMPLETE:
+            run_id = trial.user_attrs["run_id"]
+            assert runs[run_id].info.status == "FINISHED"
+            assert runs[run_id].data.tags["trial"] == str(trial.number)
+            assert runs[run_id].data.tags["optuna.state"] == "COMPLETE"
+            curve = client.get_metric_history(run_id, "val/acc")
+            assert sorted({m.step for m in curve}) == [10, 20, 30, 40, 50, 60]
+            assert trial.value == pytest.approx(max(m.value for m in curve))
+            assert not any(key.startswith("test/") for key in runs[run_id].data.metrics)
+    (best,) = [r for r in runs.values() if "retrained" in r.data.tags]
+    assert 0 < best.data.metrics["test/acc"] <= 1
+    assert best.data.tags["seed"] == "1"
+    assert best.data.params["learner.optimizer.lr"] == str(
+        the_study(made).best_params["learner.optimizer.lr"]
+    )
+    files = {f.path for f in client.list_artifacts(parent, "study")}
+    assert {"study/trials.csv", "study/plots.html", "study/importance.json"} <= files
+    params = client.get_run(parent).data.params
+    assert params["best.learner.optimizer.lr"] == best.data.params["learner.optimizer.lr"]
+
+
+def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(runs_folder):
+    overrides = [*TINY, "n_trials=6", "pruner=median", "sampler=random", "data.val_episodes=30"]
+    made = composed(*overrides)
+    process = start(*overrides)
+    wait_until(lambda: list((store.MLRUNS / "checkpoints").glob("*/last.ckpt")), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert "the same command goes on" in out
+    study = the_study(made)
+    parent = study.user_attrs["run_id"]
+    assert store.connect().get_run(parent).info.status == "KILLED"
+    assert {r.info.status for r in children(parent)} <= {"KILLED", "FINISHED"}
+    states = {t.state for t in study.get_trials()}
+    assert TrialState.WAITING in states
+    assert TrialState.RUNNING not in states
+
+    result = sweep.run(made.cfg, overrides)
+    assert result["run_id"] == parent
+    found = study.get_trials()
+    assert sum(t.state in storage.FINISHED for t in found) == 6
+    runs = {r.info.run_id: r for r in children(parent)}
+    pruned = [t for t in found if t.state == TrialState.PRUNED]
+    assert pruned
+    for trial in pruned:
+        run = runs[trial.user_attrs["run_id"]]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["optuna.state"] == "PRUNED"
+        assert trial.last_step < 60
+    assert result["best_value"] == max(t.value for t in found if t.state == TrialState.COMPLETE)
+
+
+def test_bad_values_are_found_before_a_trial_starts(runs_folder):
+    with pytest.raises(UserError) as error:
+        overrides = [*TINY, "data.k_shot=19", "space.learner.optimizer.lr.low=-1",
+                     "space.learner.optimizer.lr.log=false"]  # fmt: skip
+        sweep.run(compose_config("sweep", overrides), overrides)
+    (line,) = str(error.value).splitlines()
+    assert (
+        line
+        == "learner.optimizer.lr: found -1; must be greater than 0 (space.learner.optimizer.lr)"
+    )
+    assert not children(store.connect().search_runs(["0", "1"])[0].info.run_id)
