@@ -1,6 +1,8 @@
 """`python -m pipeline.sweep`: search for the values that validate best. Floor 5."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.study.driver import Driver, Executor
     from pipeline.study.settings import Settings
     from pipeline.study.worker import Job
+    from pipeline.tracking.run import Run
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -36,48 +39,43 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     settings = reading.read(cfg, overrides)
     from pipeline.study import storage as kept
-    from pipeline.study.driver import Driver, default_job
+    from pipeline.study.driver import Driver, carry_out, default_job
     from pipeline.study.live import Progress
     from pipeline.study.search import make_study
     from pipeline.study.summary import best_trials, print_best, summarise
     from pipeline.tracking import store
-    from pipeline.tracking.run import tracked_run
-    from pipeline.tracking.study import PARENT, is_run
+    from pipeline.tracking.study import PARENT
 
     store.connect()
     url = cfg.storage or kept.local_url(store.MLRUNS)
     kept.prepare(url, store.MLRUNS)
     storage = kept.open_storage(url, cfg.heartbeat, cfg.attempts)
     study = make_study(settings, storage, reading.fingerprint(cfg, settings.space))
-    known = study.user_attrs.get("run_id")
-    tags = {"study": settings.name, "storage": _without_password(url)}
-    run = tracked_run(
-        cfg.experiment_name, settings.name, reading.shown(settings), tags,
-        known if is_run(known) else None,
-    )  # fmt: skip
-    with run as parent:
-        study.set_user_attr("run_id", parent.run_id)
-        job = default_job(settings, url, {"study": settings.name, PARENT: parent.run_id})
-        logs = store.MLRUNS / "sweeps" / settings.name
-        executor = _make_executor(cfg, logs)
-        steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
-        with Progress(settings.name, cfg.n_trials, steps) as progress:
-            driver = Driver(settings, study, storage, executor, job, parent, progress)
-            progress.say(f"study {settings.name}: {cfg.n_trials} trials, {executor.slots} at once")
-            progress.say(f"what they print is in {logs}")
-            try:
-                list(driver.carry_out([_checking(job, settings)]))
-                driver.run()
-                if cfg.retrain_best:
-                    _retrain(driver, study, job)
-            except KeyboardInterrupt:
-                progress.say("stopping; trials at work keep their checkpoints, and the same command"
-                             " goes on with them")  # fmt: skip
-                raise
-            finally:
-                driver.stop()
-                summarise(settings, study, parent, driver.efficiency)
-        print_best(settings, study, url, parent, driver.efficiency)
+    logs = store.MLRUNS / "sweeps" / settings.name
+    job = default_job(settings, url, {"study": settings.name})
+    steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
+    with ExitStack() as stack:
+        stack.enter_context(kept.only_driver(url, settings.name, logs))
+        begun, executor = time.monotonic(), _make_executor(cfg, logs)
+        stack.callback(executor.close)
+        print(f"study {settings.name}: {cfg.n_trials} trials, {executor.slots} at once", flush=True)
+        print(f"what they print is in {logs}", flush=True)
+        list(carry_out(executor, [_checking(job, settings)], cfg.attempts))
+        parent = stack.enter_context(_parent_run(settings, study, url))
+        job = job._replace(tags={**job.tags, PARENT: parent.run_id})
+        progress = stack.enter_context(Progress(settings.name, cfg.n_trials, steps))
+        driver = Driver(settings, study, storage, executor, job, parent, progress, begun)
+        try:
+            driver.run()
+            if cfg.retrain_best:
+                _retrain(driver, study, job)
+        except KeyboardInterrupt:
+            progress.say("stopping; the same command goes on, trials from their checkpoints")
+            raise
+        finally:
+            driver.stop()
+            summarise(settings, study, parent, driver.efficiency)
+    print_best(settings, study, url, parent, driver.efficiency)
     best = next(iter(best_trials(study)), None)
     return {
         "study": settings.name,
@@ -85,6 +83,22 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "best_value": best.values[0] if best else None,
         "best_params": best.params if best else None,
     }
+
+
+@contextmanager
+def _parent_run(settings: "Settings", study: "Study", url: str) -> "Iterator[Run]":
+    """The run of the study, a new one or the one that it had."""
+    from pipeline.study.settings import shown
+    from pipeline.tracking.run import tracked_run
+    from pipeline.tracking.study import is_run
+
+    tags = {"study": settings.name, "storage": _without_password(url)}
+    known = study.user_attrs.get("run_id")
+    known = known if is_run(known) else None
+    run = tracked_run(settings.cfg.experiment_name, settings.name, shown(settings), tags, known)
+    with run as parent:
+        study.set_user_attr("run_id", parent.run_id)
+        yield parent
 
 
 def _checking(job: "Job", settings: "Settings") -> "Job":
@@ -119,6 +133,7 @@ def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
 
     The study notes what is done, so that a sweep that was killed meanwhile does the rest.
     """
+    from pipeline.study.driver import carry_out
     from pipeline.study.summary import best_trials
 
     cfg, (best, *_) = driver.settings.cfg, best_trials(study)
@@ -134,7 +149,7 @@ def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
             }
             tags = {**job.tags, "retrained": what}
             jobs.append(job._replace(kind="train", values=[values], tags=tags))
-    for reply in driver.carry_out(jobs):
+    for reply in carry_out(driver.executor, jobs, cfg.attempts):
         seed, result = reply["job"].values[0]["seed"], reply["result"]
         done[str(seed)] = result["run_id"]
         study.set_user_attr("retrained", {what: done})

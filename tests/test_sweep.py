@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from itertools import cycle
 
 import optuna
 import pytest
-from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from pipeline import sweep
@@ -21,7 +20,7 @@ from pipeline.compose import CONF, compose_config
 from pipeline.errors import UserError
 from pipeline.study import local, search, settings, storage
 from pipeline.study.driver import Driver, default_job
-from pipeline.study.space import Dimension, corners, defaults, dimensions, suggest
+from pipeline.study.space import Dimension, corners, defaults, suggest
 from pipeline.study.worker import Job
 from pipeline.tracking import store
 from tests.test_train import REPO, SMALL
@@ -151,11 +150,13 @@ class Nobody:
 
 
 class Pretended:
-    """Workers as threads that sleep and tell; some die, some are stopped, some fail."""
+    """Workers as threads that sleep and tell; some die, some are stopped, some fail in turn."""
 
-    def __init__(self, study, database, slots=3, seed=0, trouble=0.3):
+    def __init__(
+        self, study, database, slots=3, seed=0, fates=("", "lost", "", "interrupted", "failed")
+    ):
         self.study, self.storage, self.slots = study, database, slots
-        self.random, self.trouble = random.Random(seed), trouble
+        self.random, self.fates = random.Random(seed), cycle(fates)
         self.at_work, self.done = 0, queue.SimpleQueue()
 
     def free(self):
@@ -163,8 +164,7 @@ class Pretended:
 
     def submit(self, job: Job):
         self.at_work += 1
-        fate = self.random.choice(["lost", "interrupted", "failed"])
-        fate = fate if self.random.random() < self.trouble else "complete"
+        fate = next(self.fates) or "complete"
         threading.Thread(target=self._work, args=(job, fate, self.random.random() / 20)).start()
 
     def _work(self, job: Job, fate: str, seconds: float):
@@ -196,7 +196,7 @@ def a_driver(url: str, made: settings.Settings, **pretended) -> Driver:
     job = default_job(made, url, {})
     nobody = Nobody()
     workers = Pretended(study, database, **pretended)
-    return Driver(made, study, database, workers, job, nobody, nobody)
+    return Driver(made, study, database, workers, job, nobody, nobody, time.monotonic())
 
 
 @pytest.fixture
@@ -233,27 +233,23 @@ def test_exactly_n_trials_end_whatever_happens(tmp_path, no_runs, sampler):
     assert len({t.params["learner.inner_lr"] for t in ended}) >= (14 if sampler != "grid" else 2)
 
 
-def test_two_drivers_share_a_study(tmp_path, no_runs):
-    made = composed("learner=maml", "n_trials=15", "sampler=random", "attempts=99")
+def test_one_driver_at_a_time_on_sqlite(tmp_path):
     url = f"sqlite:///{tmp_path}/optuna.db"
-    storage.prepare(url, tmp_path)
-    drivers = [a_driver(url, made, seed=i) for i in range(2)]
-    threads = [threading.Thread(target=d.run) for d in drivers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    trials = drivers[0].study.get_trials()
-    assert sum(t.state in storage.FINISHED for t in trials) == 15
-    assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+    again = storage.only_driver(url, "mine", tmp_path)
+    with (
+        storage.only_driver(url, "mine", tmp_path),
+        pytest.raises(UserError, match="study: another"),
+    ):
+        again.__enter__()
+    with storage.only_driver(url, "mine", tmp_path):
+        pass
 
 
 def test_values_that_kill_their_worker_are_given_up(tmp_path, no_runs, monkeypatch):
     made = composed("learner=maml", "n_trials=3", "attempts=2", "sampler=random")
     url = f"sqlite:///{tmp_path}/optuna.db"
     storage.prepare(url, tmp_path)
-    driver = a_driver(url, made, trouble=0)
+    driver = a_driver(url, made, fates=[""])
     work, deadly = driver.executor._work, set()
 
     def dies(job, fate, seconds):
@@ -275,8 +271,7 @@ def test_failures_one_after_another_stop_a_sweep(tmp_path, no_runs, monkeypatch)
     monkeypatch.setattr(module, "MOST_FAILURES", 3)
     url = f"sqlite:///{tmp_path}/optuna.db"
     storage.prepare(url, tmp_path)
-    driver = a_driver(url, composed("learner=maml", "n_trials=9"), trouble=1.0)
-    driver.executor.random.choice = lambda fates: "failed"
+    driver = a_driver(url, composed("learner=maml", "n_trials=9"), fates=["failed"])
     with pytest.raises(UserError, match=r"trial \d: on purpose"):
         driver.run()
     assert sum(t.state == TrialState.FAIL for t in driver.study.get_trials()) >= 3
@@ -456,13 +451,14 @@ def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(runs_folder):
 
 
 def test_bad_values_are_found_before_a_trial_starts(runs_folder):
+    rate = "space.learner.optimizer.lr"
+    overrides = [*TINY, f"{rate}.low=-1", f"{rate}.log=false"]
     with pytest.raises(UserError) as error:
-        overrides = [*TINY, "data.k_shot=19", "space.learner.optimizer.lr.low=-1",
-                     "space.learner.optimizer.lr.log=false"]  # fmt: skip
         sweep.run(compose_config("sweep", overrides), overrides)
     (line,) = str(error.value).splitlines()
     assert (
         line
         == "learner.optimizer.lr: found -1; must be greater than 0 (space.learner.optimizer.lr)"
     )
-    assert not children(store.connect().search_runs(["0", "1"])[0].info.run_id)
+    client = store.connect()
+    assert not client.search_runs([e.experiment_id for e in client.search_experiments()])

@@ -44,24 +44,51 @@ class Executor(Protocol):
         """Interrupt what runs and end the workers."""
 
 
+def carry_out(executor: Executor, jobs: list[Job], attempts: int) -> Iterator[Reply]:
+    """Jobs that are no trials, side by side; those whose worker dies are begun again.
+
+    Returns:
+        Their replies, each with its `job`, as they come.
+
+    Raises:
+        UserError: if one fails, or dies too often.
+    """
+    waiting, deaths = list(jobs), 0
+    at_work: dict[str, Job] = {}
+    while waiting or at_work:
+        while waiting and executor.free():
+            job = waiting.pop(0)
+            at_work[str(job.values)] = job
+            executor.submit(job)
+        for reply in executor.replies(1.0):
+            job = at_work.pop(str(reply["values"]))
+            if reply["state"] == "lost" and (deaths := deaths + 1) < attempts:
+                waiting.append(job)
+            elif reply["state"] != "complete":
+                raise UserError(reply.get("error") or f"a worker was {reply['state']}")
+            else:
+                yield {**reply, "job": job}
+
+
 class Driver:
     """One sweep, from where it is until `n_trials` have ended.
 
     Args:
         job: the trial to be copied, without number and values.
         parent: the run of the study.
+        begun: `time.monotonic()` when the workers were started.
     """
 
     def __init__(
         self, settings: Settings, study: Study, storage: RDBStorage, executor: Executor, job: Job,
-        parent: Run, progress: Progress,
+        parent: Run, progress: Progress, begun: float,
     ) -> None:  # fmt: skip
         self.settings, self.study, self.storage = settings, study, storage
         self.executor, self.job, self.parent, self.progress = executor, job, parent, progress
         self._mine: dict[int, float] = {}  # trials that were handed out, and when they were asked
         self._failures = 0
         self._next_look = 0.0
-        self._busy_seconds, self._start = 0.0, time.monotonic()
+        self._busy_seconds, self._begun = 0.0, begun
         self.efficiency = float("nan")  # seconds of trials over those that the workers were there
 
     def run(self) -> None:
@@ -88,33 +115,8 @@ class Driver:
             for reply in self.executor.replies(0.5):
                 self._take(reply)
 
-    def carry_out(self, jobs: list[Job]) -> Iterator[Reply]:
-        """Jobs that are no trials, side by side; those whose worker dies are begun again.
-
-        Returns:
-            Their replies, each with its `job`, as they come.
-
-        Raises:
-            UserError: if one fails, or dies too often.
-        """
-        waiting, deaths = list(jobs), 0
-        at_work: dict[str, Job] = {}
-        while waiting or at_work:
-            while waiting and self.executor.free():
-                job = waiting.pop(0)
-                at_work[str(job.values)] = job
-                self.executor.submit(job)
-            for reply in self.executor.replies(1.0):
-                job = at_work.pop(str(reply["values"]))
-                if reply["state"] == "lost" and (deaths := deaths + 1) < self.settings.cfg.attempts:
-                    waiting.append(job)
-                elif reply["state"] != "complete":
-                    raise UserError(reply.get("error", f"a worker was {reply['state']}"))
-                else:
-                    yield {**reply, "job": job}
-
     def _note_efficiency(self) -> None:
-        seconds = self.executor.slots * (time.monotonic() - self._start)
+        seconds = self.executor.slots * (time.monotonic() - self._begun)
         self.efficiency = self._busy_seconds / seconds
 
     def _trials(self) -> list[FrozenTrial]:

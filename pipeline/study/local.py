@@ -99,7 +99,8 @@ class Worker:
             self._process.wait()
             told.put((self, None))
 
-        threading.Thread(target=listen, daemon=True).start()
+        self._listener = threading.Thread(target=listen, daemon=True)
+        self._listener.start()
 
     def send(self, job: Job) -> None:
         """Have it do a job."""
@@ -125,7 +126,9 @@ class Worker:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        self._listener.join()  # reads to the end
+        assert self._process.stdout
+        self._process.stdout.close()
 
 
 class LocalExecutor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -79,6 +80,7 @@ class RayExecutor:
     def replies(self, seconds: float) -> list[Reply]:
         """Those that have come, at the latest after so many seconds; "lost" for a dead task."""
         if not self._jobs:
+            time.sleep(seconds)
             return []
         done, _ = self._ray.wait(list(self._jobs), timeout=seconds, num_returns=1)
         got = []
@@ -97,6 +99,7 @@ class RayExecutor:
             self._ray.cancel(ref, force=False)
         with suppress(self._ray.exceptions.RayError):
             self._ray.wait(list(self._jobs), num_returns=max(1, len(self._jobs)), timeout=120)
+        self._jobs = {}
         self._ray.shutdown()
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from annotated_types import Ge, MinLen
 from omegaconf import DictConfig, OmegaConf
+from pydantic import StringConstraints
 
 from pipeline.errors import UserError
 from pipeline.signature import plain, value_problem
@@ -21,7 +22,7 @@ KEYS: dict[str, Any] = {
     "address": Annotated[str, MinLen(1)],
     "slurm": dict[str, Any],
     "storage": str | None,
-    "study": str | None,
+    "study": Annotated[str, StringConstraints(pattern=r"^[\w.\-]+$")] | None,  # names a folder
     "sampler": Literal["tpe", "gp", "random", "grid", "qmc"],
     "pruner": Literal["hyperband", "median", "wilcoxon", "none"],
     "objectives": Annotated[list[Literal["val/acc", "adapt_seconds"]], MinLen(1)],

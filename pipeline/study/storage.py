@@ -57,6 +57,33 @@ def prepare(url: str, mlruns: Path) -> None:
             connection.close()
 
 
+@contextmanager
+def only_driver(url: str, study: str, folder: Path) -> Iterator[None]:
+    """Keeps other drivers off a study in SQLite, where two may take up the same waiting trial.
+
+    Raises:
+        UserError: if there is one.
+    """
+    from filelock import FileLock, Timeout
+
+    if not url.startswith("sqlite"):  # servers lock the row that they read
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"study: another sweep is at work on {study!r}; study=OTHER_NAME begins another, "
+            "storage=postgresql+psycopg://... lets several share one"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
     """The database at a URL of SQLAlchemy.
 

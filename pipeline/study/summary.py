@@ -51,6 +51,8 @@ def summarise(settings: Settings, study: Study, parent: Run, efficiency: float) 
     """Leave table, plots, importance and best values with the parent run."""
     objectives = list(settings.cfg.objectives)
     frame = to_frame(study, objectives)
+    if not len(frame):
+        return
     parent.log_text(frame.to_csv(index=False), "study/trials.csv")
     parent.put_table(frame.drop(columns="error").astype(object).where(frame.notna(), None),
                      "study/trials.json")  # fmt: skip
