@@ -28,6 +28,7 @@ class RunLogger(Logger):
     def __init__(self, run: TakesMetrics) -> None:
         super().__init__()
         self.run = run
+        self.trainer: pl.Trainer | None = None  # the one that logs here
 
     @property
     def name(self) -> str:
@@ -44,10 +45,13 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """All but the epoch, which is no quantity of its own here, after so many steps done."""
+        """All but the epoch, which is no quantity of its own here, after so many steps done.
+
+        Lightning's own `step` counts from 0, and in a run that goes on one too many.
+        """
         values = {k: v for k, v in metrics.items() if k != "epoch"}
         if values:
-            self.run.log_metrics(values, (step or 0) + 1)  # Lightning counts them from 0
+            self.run.log_metrics(values, self.trainer.global_step if self.trainer else step or 0)
 
 
 class Throughput(Callback):

@@ -150,9 +150,10 @@ def _fit(
     best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
     if start and tracked.run_id:  # no later checkpoint may be better than the best one so far
         bring(best_before(), folder / "best.ckpt")
-    trainer = pl.Trainer(
+    logger = RunLogger(tracked)
+    trainer = logger.trainer = pl.Trainer(
         **options,
-        logger=RunLogger(tracked),
+        logger=logger,
         callbacks=[best, last, *callbacks, *progress_callbacks()],
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),

@@ -331,17 +331,30 @@ def the_study(made: settings.Settings) -> optuna.Study:
     return optuna.load_study(study_name=made.name, storage=database)
 
 
-def start(*overrides: str) -> subprocess.Popen:
-    """A sweep in a process of its own, which says at its end whether it imported torch."""
+@pytest.fixture
+def start(runs_folder):
+    """Starts a sweep in a process of its own, which says at its end whether it imported torch."""
     code = (
         "import sys; from pipeline.cli import main; from pipeline.sweep import run; main('sweep', run);"
         "sys.exit(3 if {'torch', 'pytorch_lightning'} & set(sys.modules) else 0)"
     )
-    env = {**os.environ, "PIPELINE_MLRUNS": str(store.MLRUNS)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *overrides], cwd=REPO, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    started = []
+
+    def begin(*overrides: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *overrides], cwd=REPO, text=True,
+            env={**os.environ, "PIPELINE_MLRUNS": str(store.MLRUNS)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        wait_until(lambda: list((store.MLRUNS / "sweeps").glob("*/worker-0.log")), process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120):
@@ -354,12 +367,11 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120):
     return found
 
 
-def test_kill_9_of_a_worker_and_of_the_driver(runs_folder):
+def test_kill_9_of_a_worker_and_of_the_driver(start):
     """Nothing lost, trials resumed, exactly n_trials, no run left RUNNING, no torch in the driver."""
     overrides = [*TINY, "n_trials=5", "pruner=none", "retrain_best=true", "retrain_seeds=1"]
     made = composed(*overrides)
     process = start(*overrides)
-    wait_until((store.MLRUNS / "optuna.db").exists, process)
 
     def with_checkpoint():
         for trial in trials():
@@ -418,7 +430,7 @@ def test_kill_9_of_a_worker_and_of_the_driver(runs_folder):
     assert params["best.learner.optimizer.lr"] == best.data.params["learner.optimizer.lr"]
 
 
-def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(runs_folder):
+def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(start):
     overrides = [*TINY, "n_trials=6", "pruner=median", "sampler=random", "data.val_episodes=30"]
     made = composed(*overrides)
     process = start(*overrides)

@@ -317,6 +317,8 @@ def test_a_killed_run_resumes_to_the_same_weights(extra):
     overrides = [f"resume={run_id}"]
     resumed = train.run(compose_config("train", overrides), overrides)
     assert resumed["run_id"] == run_id
+    curve = store.connect().get_metric_history(run_id, "val/acc")
+    assert sorted({m.step for m in curve}) == [10, 20, 30, 40]
     assert store.connect().get_run(run_id).info.status == "FINISHED"
     expected, actual = weights(whole["run_id"], "last"), weights(run_id, "last")
     assert expected.keys() == actual.keys()

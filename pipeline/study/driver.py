@@ -107,7 +107,7 @@ class Driver:
             self.progress.show(trials, self.executor.slots)
             running = sum(t.state == TrialState.RUNNING for t in trials)
             left = self.settings.cfg.n_trials - sum(t.state in kept.FINISHED for t in trials)
-            if left <= 0:
+            if left <= 0 and not self._mine:
                 self._note_efficiency()
                 return
             for _ in range(min(self.executor.free(), left - running)):
