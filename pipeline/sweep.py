@@ -55,6 +55,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     job = default_job(settings, url, {"study": settings.name})
     steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
     with ExitStack() as stack:
+        stack.callback(kept.close, storage)
         stack.enter_context(kept.only_driver(url, settings.name, logs))
         begun, executor = time.monotonic(), _make_executor(cfg, logs)
         stack.callback(executor.close)
@@ -75,14 +76,14 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             driver.stop()
             summarise(settings, study, parent, driver.efficiency)
-    print_best(settings, study, url, parent, driver.efficiency)
-    best = next(iter(best_trials(study)), None)
-    return {
-        "study": settings.name,
-        "run_id": parent.run_id,
-        "best_value": best.values[0] if best else None,
-        "best_params": best.params if best else None,
-    }
+        print_best(settings, study, url, parent, driver.efficiency)
+        best = next(iter(best_trials(study)), None)
+        return {
+            "study": settings.name,
+            "run_id": parent.run_id,
+            "best_value": best.values[0] if best else None,
+            "best_params": best.params if best else None,
+        }
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import psutil
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
 from pipeline.study.worker import Job, Reply
+from pipeline.tracking import store
 
 MEMORY = 2 * 2**30  # bytes that a worker on a CPU may take
 PATIENCE = 120  # seconds for an interrupted training to upload its checkpoints
@@ -83,12 +84,13 @@ class Worker:
         self.env, self.log = env, log
         self.job: Job | None = None
         self.answered = False
+        here = {"PYTHONPATH": _path(), "PIPELINE_MLRUNS": str(store.MLRUNS)}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.study.worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1,
                 cwd=os.getcwd(), start_new_session=True,
-                env={**os.environ, "PYTHONPATH": _path(), **env},
+                env={**os.environ, **here, **env},
             )  # fmt: skip
         assert self._process.stdout
         out: IO[str] = self._process.stdout

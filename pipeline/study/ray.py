@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
 from pipeline.study.worker import Job, Reply, carry_out
+from pipeline.tracking import store
 
-_PASSED_ON = ("PIPELINE_MLRUNS", "PIPELINE_DATA", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME",
+_PASSED_ON = ("PIPELINE_DATA", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME",
               "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # fmt: skip
 
 
@@ -109,4 +110,5 @@ def _task(job: dict[str, Any]) -> Reply:
 
 def _environment(threads: int) -> dict[str, str]:
     kept = {k: os.environ[k] for k in _PASSED_ON if k in os.environ}
-    return {**kept, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": str(threads)}
+    here = {"PYTHONPATH": str(PROJECT), "PIPELINE_MLRUNS": str(store.MLRUNS)}
+    return {**kept, **here, "OMP_NUM_THREADS": str(threads)}

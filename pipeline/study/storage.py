@@ -43,14 +43,14 @@ def prepare(url: str, mlruns: Path) -> None:
         UserError: if it cannot be opened.
     """
     if not url.startswith("sqlite:///"):
-        open_storage(url, 60, 1).remove_session()
+        close(open_storage(url, 60, 1))
         return
     import sqlite3
 
     from filelock import FileLock
 
     with FileLock(mlruns / ".optuna.lock"):
-        open_storage(url, 60, 1).remove_session()
+        close(open_storage(url, 60, 1))
         with suppress(sqlite3.Error):  # a network disk cannot; slower, not wrong
             connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=20)
             connection.execute("PRAGMA journal_mode=WAL")
@@ -111,6 +111,12 @@ def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
     except (SQLAlchemyError, *_BROKEN) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"storage: {url} cannot be opened ({reason})") from error
+
+
+def close(storage: RDBStorage) -> None:
+    """Give back its connections."""
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def trial_id(storage: RDBStorage, study: str, number: int) -> int:

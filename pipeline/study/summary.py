@@ -1,6 +1,7 @@
 """What came of a sweep: table, plots and best values, for its run and the terminal. Floor 5."""
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 import optuna
@@ -129,6 +130,6 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     console.print(table)
     if best:
         chosen = [as_override(k, v) for k, v in best[0].params.items()]
-        print("python -m pipeline.train", *settings.overrides, *chosen)
+        print(shlex.join(["python", "-m", "pipeline.train", *settings.overrides, *chosen]))
     print(f"workers were busy {100 * efficiency:.0f} % of the time; {parent.where()}")
     print(f"optuna-dashboard {url}   (pip install optuna-dashboard) shows the study")

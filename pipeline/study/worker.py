@@ -144,7 +144,7 @@ def _trial(job: Job) -> Reply:
         study.tell(job.trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
         raise
     finally:
-        storage.remove_session()
+        kept.close(storage)
 
 
 def _run_trial(
