@@ -22,6 +22,7 @@ FLOORS = {
     3: ["learners.*", "progress"],
     4: [
         "compose",
+        "processes",
         "signature",
         "config",
         "checkpoints",
@@ -40,7 +41,7 @@ ALLOWED = {  # library -> the floors or modules that may import it
     "pytorch_lightning": {2, 3, 4, 5},
     "matplotlib": {"figures"},
 }
-LIGHT = ["train", "evaluate", "ui", "cli", "compose", "__main__", "__init__"]
+LIGHT = ["train", "evaluate", "ui", "cli", "compose", "processes", "__main__", "__init__"]
 
 
 def module_name(path: Path) -> str:

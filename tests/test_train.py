@@ -260,20 +260,6 @@ def test_the_same_on_a_gpu(learner):
     assert again["test/digits_5w1s/acc"] == pytest.approx(result["test/digits_5w1s/acc"], abs=0.02)
 
 
-@pytest.mark.slow
-def test_two_processes_make_one_run(runs_folder):
-    """DDP on the CPU: one MLflow run, one table, curves over the episodes of both."""
-    command = [sys.executable, "-m", "pipeline.train", *SMALL, "trainer.devices=2"]
-    env = {**os.environ, "PIPELINE_MLRUNS": str(runs_folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("make ui") == 1
-    client = store.connect()
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/acc")] == [10, 20]
-
-
 @pytest.mark.parametrize(
     "extra",
     [
