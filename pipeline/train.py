@@ -192,6 +192,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     harmless = ["does not have many workers", "LeafSpec", "logging interval", "exists and is not"]
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
+    harmless += ["IProgress not found"]  # a notebook without ipywidgets
     harmless += ["recommended to use `self.log"]  # EpisodeAccuracy gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)

@@ -163,7 +163,7 @@ def test_a_killed_run_of_two_resumes_to_the_same_weights(runs_folder):
     assert 0 < torch.load(last, weights_only=True)["global_step"] < 60
     run_id = last.parent.name
     again = in_two_processes(runs_folder, f"resume={run_id}")
-    out, err = again.communicate(timeout=240)
+    err = again.communicate(timeout=240)[1]
     assert again.returncode == 0, err
     assert store.connect().get_run(run_id).info.status == "FINISHED"
     resumed = weights(run_id, "last")
@@ -173,7 +173,7 @@ def test_a_killed_run_of_two_resumes_to_the_same_weights(runs_folder):
     child = in_two_processes(
         runs_folder, f"resume={run_id}", start=[*TORCHRUN[:-1], "3", "-m", "pipeline.train"]
     )
-    out, err = child.communicate(timeout=240)
+    err = child.communicate(timeout=240)[1]
     assert err.count("found 2 and 1, but 3 processes were started") == 1, err
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_run_is_closed_as_killed(runs_folder, start, stop):
     child = in_two_processes(runs_folder, "trainer.max_steps=100000", start=start)
     last = checkpoint_of(runs_folder, child)
     os.killpg(child.pid, stop) if stop == signal.SIGINT else child.send_signal(stop)
-    out, err = child.communicate(timeout=60)
+    err = child.communicate(timeout=60)[1]
     assert store.connect().get_run(last.parent.name).info.status == "KILLED", err
     assert err.count(f"resume={last.parent.name} goes on") == 1
     assert child.returncode == (1 if start else 130)

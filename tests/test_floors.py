@@ -28,6 +28,7 @@ FLOORS = {
         "checkpoints",
         "scoreboard",
         "seen",
+        "trained",
         "reporting",
         "tracking.*",
     ],

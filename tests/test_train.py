@@ -221,11 +221,11 @@ def test_the_headline_is_the_shape_that_was_trained():
 
 def test_the_picture_shows_what_was_scored(monkeypatch):
     """Episode 0 of the picture is episode 0 of the table: evaluation mode for both."""
-    from pipeline import reporting
+    from pipeline import figures
     from pipeline.learners.evaluation import Scorer
 
     shown, scored = {}, {}
-    draw, score = reporting.episode_figure, Scorer.score
+    draw, score = figures.episode_figure, Scorer.score
 
     def keep_shown(support, query, correct, predicted, class_names, title):
         shown[title.split(",")[1].strip()] = correct.reshape(-1)
@@ -237,7 +237,7 @@ def test_the_picture_shows_what_was_scored(monkeypatch):
         scored.setdefault(f"{n_way}-way {k_shot}-shot", scores.correct[0])  # the learner is first
         return scores
 
-    monkeypatch.setattr(reporting, "episode_figure", keep_shown)
+    monkeypatch.setattr(figures, "episode_figure", keep_shown)
     monkeypatch.setattr(Scorer, "score", keep_scored)
     run_train()
     assert shown.keys() == scored.keys() == {"5-way 1-shot", "5-way 5-shot"}
