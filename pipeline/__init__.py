@@ -2,8 +2,9 @@
 
 Floor 5, commands: train, evaluate, ui; each a `run(cfg)` behind cli.
 Floor 4, runs: compose, signature and config (configurations to parts), checkpoints, scoreboard
-    (test sets to tables), seen (what training saw, which no test may hold), reporting (what a run
-    leaves behind), tracking (MLflow; nothing else imports it).
+    (test sets to tables), seen (what training saw, which no test may hold), processes (of one
+    run), trained (a run to use), reporting (what a run leaves behind), tracking (MLflow; nothing
+    else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
 Floor 1, material: blocks and backbones (networks), engine (how the tasks of a meta-batch are run),

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.compose import CONF, OverrideError, compose_config, one_line
 from pipeline.errors import UserError
+from pipeline.processes import is_local_zero, repeats_errors
 
 COMMANDS = {
     "train": "meta-train a learner, keep the best checkpoint, test it once",
@@ -101,9 +102,10 @@ def main(name: str, run: Callable[[DictConfig, Sequence[str]], object]) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         text = str(error) if isinstance(error, UserError) else one_line(error)
-        for line in text.splitlines():
+        for line in text.splitlines() if not repeats_errors() else ():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_local_zero():
+            print("interrupted", file=sys.stderr)
         sys.exit(130)

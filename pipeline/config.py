@@ -24,6 +24,7 @@ from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
+from pipeline.processes import check_number
 from pipeline.signature import parameters, plain, value_problem
 
 _SUPPLIED = {
@@ -268,14 +269,27 @@ def _try_out(backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
 def build_trainer_options(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `pytorch_lightning.Trainer` from the checked trainer group.
 
+    `devices` is a number where all of them were asked for: a resumed run has as many processes.
+
     Raises:
-        UserError: if a Trainer cannot be made of them here (a GPU is asked for and there is none).
+        UserError: if a Trainer cannot be made of them here (a GPU is asked for and there is none),
+            if another number of processes was started, or if some would validate nothing.
     """
     options = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.trainer, resolve=True))
     try:
-        pl.Trainer(**options, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer = pl.Trainer(
+            **options, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    if options.get("devices", "auto") in ("auto", "-1", -1):
+        options["devices"] = trainer.num_devices
+    check_number(trainer)
+    if cfg.data.val_episodes < (processes := trainer.num_devices * trainer.num_nodes):
+        raise UserError(
+            f"data.val_episodes: found {cfg.data.val_episodes}; needs at least one for each of the "
+            f"{processes} processes"
+        )
     return options
 
 

@@ -1,10 +1,15 @@
-"""Pictures for people: an episode with its predictions, accuracy per class. Floor 1."""
+"""Pictures for people: an episode with its predictions, accuracies, an inner loop. Floor 1."""
+
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.colors
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.episode import Episode
 
 SUPPORT, RIGHT, WRONG = "#4a6fa5", "#2a9d5c", "#d1495b"
 BORDER = 2  # pixels of frame around an image
@@ -68,6 +73,23 @@ def episode_figure(
     return figure
 
 
+def prediction_figure(
+    task: Episode, predicted: Tensor, class_names: list[str], title: str
+) -> Figure:
+    """`episode_figure` of one task.
+
+    Args:
+        task: uint8, as the data set yields it, class by class.
+        predicted: (n_way*n_query,) label that the classifier gave to each query.
+        class_names: n_way names.
+    """
+    support, query, truth, given = (
+        field.cpu().unflatten(0, (task.n_way, -1)).numpy()
+        for field in (task.support_x, task.query_x, task.query_y, predicted)
+    )
+    return episode_figure(support, query, given == truth, given, class_names, title)
+
+
 def _mosaic(images: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """(rows, columns, C, H, W) uint8 and a colour each -> one framed picture (H', W', 3) uint8.
 
@@ -110,4 +132,26 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
     axis.margins(y=0.01)
     axis.invert_yaxis()
     figure.legend(loc="outside upper right", frameon=False)
+    return figure
+
+
+def inner_loop_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Support loss and query accuracy against inner steps.
+
+    Args:
+        curves: by label; losses, and accuracies in 0..1, after 0, 1, ... steps.
+    """
+    figure = _figure(7, 2.6)
+    left, right = figure.subplots(1, 2)
+    for label, (losses, accuracies) in curves.items():
+        left.plot(losses, marker="o", markersize=3, label=label)
+        right.plot([100 * a for a in accuracies], marker="o", markersize=3)
+    left.set(title="loss on the support images", xlabel="inner steps", yscale="log")
+    right.set(title="accuracy on the queries, %", xlabel="inner steps", ylim=(0, 100))
+    left.yaxis.set_major_formatter("{x:g}")  # a power of ten would be mathematics, which is off
+    left.yaxis.set_minor_formatter(lambda *_: "")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
     return figure

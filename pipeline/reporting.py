@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeDataset
-from pipeline.figures import class_accuracy_figure, episode_figure
+from pipeline.figures import class_accuracy_figure, prediction_figure
 from pipeline.learners.base import MetaLearner
 from pipeline.scoreboard import FixedEpisodes, Result, metrics, print_frame, score_all, to_frame
 
@@ -76,19 +76,13 @@ def _first_episode(learner: MetaLearner, test: FixedEpisodes, title: str) -> Any
     """A picture of test episode 0 with the predictions of the learner."""
     sampler = test.sampler()
     episode = EpisodeDataset(test.data.pool, sampler)[0]
-    chosen = sampler.sample([0])
     device = learner.device
     with torch.inference_mode():
         support = test.data.prepare(episode.support_x.to(device))
         query = test.data.prepare(episode.query_x.to(device))
         logits = learner.adapt(support, episode.support_y.to(device))(query)
-    predicted = logits.argmax(1).cpu().unflatten(0, (test.n_way, -1))
-    truth = episode.query_y.unflatten(0, (test.n_way, -1))
-    return episode_figure(
-        test.data.pool.images[chosen.support[0]],
-        test.data.pool.images[chosen.query[0]],
-        (predicted == truth).numpy(),
-        predicted.numpy(),
-        [test.data.pool.class_names[c] for c in chosen.classes[0]],
-        f"{title}, episode 0: {100 * float((predicted == truth).float().mean()):.0f} % right",
-    )
+    predicted = logits.argmax(1).cpu()
+    right = 100 * float((predicted == episode.query_y).float().mean())
+    names = [test.data.pool.class_names[c] for c in sampler.sample([0]).classes[0]]
+    caption = f"{title}, episode 0: {right:.0f} % right"
+    return prediction_figure(episode, predicted, names, caption)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.processes import end_others
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -73,7 +74,7 @@ def run(
     if cfg.compile:
         learner.compile_networks()
 
-    resolved = _resolved(cfg, data.image_shape)
+    resolved = _resolved(cfg, data.image_shape, options["devices"])
     facts = {
         "seed": cfg.seed,
         "data.fingerprint": seen.fingerprint,
@@ -93,8 +94,9 @@ def run(
             best_before = partial(find_checkpoint, resume, "best")
             extra = [provenance, *callbacks]
             best, score = _fit(learner, data, options, extra, tracked, last, best_before)
-            if not first:
-                return {}
+        if not first:
+            return {}
+        if "optimizer" in cfg.learner:
             step = checkpoints.load_weights(learner, best)
             tracked.log_metrics({"val/best_acc": score}, step)
             if not cfg.test:
@@ -105,10 +107,11 @@ def run(
         )
 
 
-def _resolved(cfg: DictConfig, image_shape: Sequence[int]) -> dict[str, Any]:
-    """What is stored with the run: it holds in another working directory too."""
+def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict[str, Any]:
+    """What is stored with the run: it holds in another working directory and machine too."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     resolved["data"]["image_shape"] = list(image_shape)
+    resolved["trainer"]["devices"] = devices
     others = [spec for spec in resolved["also_test"] or [] if isinstance(spec, dict)]
     for node in (resolved["data"], *others):
         for key in ("root", "split_file"):
@@ -163,8 +166,11 @@ def _fit(
     )
     try:
         trainer.fit(learner, data, ckpt_path=start, weights_only=True)
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from stop
+    except BaseException as stop:
+        end_others(trainer)
+        if isinstance(stop, SystemExit):  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stop
+        raise
     learner.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
     if not best.best_model_path or best.best_model_score is None:
         raise UserError("trainer: training ended before its first validation; nothing was tested")
@@ -187,6 +193,8 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     harmless = ["does not have many workers", "LeafSpec", "logging interval", "exists and is not"]
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
+    harmless += ["IProgress not found"]  # a notebook without ipywidgets
+    harmless += ["recommended to use `self.log"]  # EpisodeAccuracy gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 

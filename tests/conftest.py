@@ -3,16 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from mlflow import MlflowClient
 
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.pool import ImagePool, ImageSource, SplitPool
 from pipeline.tracking import store
+
+if TYPE_CHECKING:  # tests/ddp_worker.py starts faster without them
+    import pandas as pd
+    from mlflow import MlflowClient
 
 torch.set_num_threads(1)  # the nets here are tiny: a second thread only waits
 
@@ -39,8 +42,10 @@ def runs_folder(fresh_database: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return folder
 
 
-def stored_table(client: MlflowClient, run_id: str) -> pd.DataFrame:
+def stored_table(client: "MlflowClient", run_id: str) -> "pd.DataFrame":
     """results.json of a run, as the MLflow UI reads it: the tag names it, the file holds it."""
+    import pandas as pd
+
     tag = client.get_run(run_id).data.tags["mlflow.loggedArtifacts"]
     assert {"path": "results.json", "type": "table"} in json.loads(tag)
     content = json.loads(Path(client.download_artifacts(run_id, "results.json")).read_text())

@@ -164,6 +164,20 @@ def test_a_device_that_is_not_there():
         config.build_trainer_options(cfg)
 
 
+def test_as_many_processes_as_were_started(monkeypatch):
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    cfg = compose_config("train", two)
+    assert config.build_trainer_options(cfg)["devices"] == 2
+    cfg.data.val_episodes = 1
+    with pytest.raises(UserError, match=r"data\.val_episodes: found 1; .* the 2 processes"):
+        config.build_trainer_options(cfg)
+    every = compose_config("train", [*two[:2], "trainer.devices=auto"])
+    assert config.build_trainer_options(every)["devices"] == 1  # of CPUs Lightning takes one
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    with pytest.raises(UserError, match=r"trainer\.devices, .*: found 1 and 1, but 3 processes"):
+        config.build_trainer_options(every)
+
+
 def test_another_source_keeps_the_episodes():
     cfg = compose_config("train", ["data.n_way=3"])
     other = compose_config("train", ["data=digits", "data.n_way=7"])

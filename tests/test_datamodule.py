@@ -53,12 +53,15 @@ def test_augmentation_is_for_training_and_a_function_of_the_episode():
     data = blob_data(augmentation=ALL)
     data.setup("fit")
     batch = data._dataset("train")[[4, 5]]
+    parts = [data._dataset("train")[[i]] for i in (4, 5)]
     plain = data.on_after_batch_transfer(batch, 0).query_x
     data.trainer = Training()
     once = data.on_after_batch_transfer(batch, 0).query_x
     torch.manual_seed(99)
     assert torch.equal(once, data.on_after_batch_transfer(batch, 0).query_x)
     assert not torch.equal(once, plain)
+    alone = [data.on_after_batch_transfer(part, 0).query_x for part in parts]
+    assert torch.equal(once, torch.cat(alone))  # whichever batch or process it comes to
     data.trainer.training = False
     assert torch.equal(plain, data.on_after_batch_transfer(batch, 0).query_x)
 

@@ -128,6 +128,9 @@ def test_processes_share_the_stream():
     uneven = [[i for b in EpisodeBatches(2, 7, rank, 2) for i in b] for rank in range(2)]
     assert uneven == [[0, 2, 4, 6], [1, 3, 5]]
     assert [len(EpisodeBatches(2, 7, rank, 2)) for rank in range(2)] == [2, 2]
+    first, second = (EpisodeBatches(16, 33, rank, 2) for rank in range(2))  # 17 and 16 episodes
+    assert [len(b) for b in first] == [9, 8]
+    assert [len(b) for b in second] == [8, 8]  # nobody waits for a batch that is not there
 
 
 def test_epochs_go_on_where_the_last_ended():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 
 from pipeline import config
 from pipeline.compose import compose_config
@@ -13,6 +14,7 @@ from pipeline.episode import Episode
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.evaluation import Scorer
+from pipeline.learners.gradient import GradientLearner
 from tests.conftest import blob_data
 
 CONF = {p.stem: p for p in sorted(Path(__file__).parents[1].glob("conf/learner/*.yaml"))}
@@ -175,6 +177,23 @@ def test_embedding_once_equals_adapting_episode_by_episode(learner):
             logits = learner.adapt(task.support_x, task.support_y)(task.query_x)
             right = (logits.argmax(1) == task.query_y).numpy()
             assert (right == once.correct[index]).all()
+
+
+def test_the_inner_curve_begins_at_theta_and_passes_through_what_adapt_returns(learner):
+    if not isinstance(learner, GradientLearner):
+        pytest.skip("no inner loop")
+    learner.eval()
+    tasks = [make_task(seed=seed) for seed in (0, 1)]
+    fields = zip(*(task[:-1] for task in tasks), strict=True)
+    steps = learner.eval_inner_steps
+    curve = learner.inner_curve(Episode(*map(torch.stack, fields), 3), steps + 1)
+    assert len(curve.support_loss) == len(curve.query_accuracy) == steps + 2
+    start = [F.cross_entropy(learner.net(t.support_x), t.support_y) for t in tasks]
+    assert curve.support_loss[0] == pytest.approx(float(sum(start)) / 2, rel=1e-5)
+    assert curve.support_loss[-1] < curve.support_loss[0]
+    adapted = [(learner.adapt(t.support_x, t.support_y), t) for t in tasks]
+    right = [(c(t.query_x).argmax(1) == t.query_y).float().mean() for c, t in adapted]
+    assert curve.query_accuracy[steps] == pytest.approx(float(sum(right)) / 2)
 
 
 def test_the_protocol_is_that_of_the_norm(learner, request):

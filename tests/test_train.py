@@ -221,11 +221,11 @@ def test_the_headline_is_the_shape_that_was_trained():
 
 def test_the_picture_shows_what_was_scored(monkeypatch):
     """Episode 0 of the picture is episode 0 of the table: evaluation mode for both."""
-    from pipeline import reporting
+    from pipeline import figures
     from pipeline.learners.evaluation import Scorer
 
     shown, scored = {}, {}
-    draw, score = reporting.episode_figure, Scorer.score
+    draw, score = figures.episode_figure, Scorer.score
 
     def keep_shown(support, query, correct, predicted, class_names, title):
         shown[title.split(",")[1].strip()] = correct.reshape(-1)
@@ -237,7 +237,7 @@ def test_the_picture_shows_what_was_scored(monkeypatch):
         scored.setdefault(f"{n_way}-way {k_shot}-shot", scores.correct[0])  # the learner is first
         return scores
 
-    monkeypatch.setattr(reporting, "episode_figure", keep_shown)
+    monkeypatch.setattr(figures, "episode_figure", keep_shown)
     monkeypatch.setattr(Scorer, "score", keep_scored)
     run_train()
     assert shown.keys() == scored.keys() == {"5-way 1-shot", "5-way 5-shot"}
@@ -258,20 +258,6 @@ def test_the_same_on_a_gpu(learner):
         overrides = [f"run={result['run_id']}"]
         again = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert again["test/digits_5w1s/acc"] == pytest.approx(result["test/digits_5w1s/acc"], abs=0.02)
-
-
-@pytest.mark.slow
-def test_two_processes_make_one_run(runs_folder):
-    """DDP on the CPU: one MLflow run, one table, curves over the episodes of both."""
-    command = [sys.executable, "-m", "pipeline.train", *SMALL, "trainer.devices=2"]
-    env = {**os.environ, "PIPELINE_MLRUNS": str(runs_folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("make ui") == 1
-    client = store.connect()
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/acc")] == [10, 20]
 
 
 @pytest.mark.parametrize(

@@ -228,17 +228,16 @@ class EpisodicDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
         """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
-        generator = torch.Generator()
-        if augment:  # a function of the episode alone, as the episode is of its index
-            generator.manual_seed(self.seed * 0x9E3779B1 + int(batch.id.flatten()[0]))
+        seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()]
+        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode alone
 
         def ready(images: Tensor) -> Tensor:
             if images.dim() == 2:  # rows of the pool
                 images = self.images(images, images.device)
             tasks, m = images.shape[:2]
-            flat = images.flatten(0, 1)  # (tasks*m, C, H, W)
-            flat = augment(flat, generator) if augment else flat
-            return self.prepare(flat).unflatten(0, (tasks, m))
+            if augment:
+                images = torch.stack([augment(x, d) for x, d in zip(images, draws, strict=True)])
+            return self.prepare(images.flatten(0, 1)).unflatten(0, (tasks, m))
 
         return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
 

@@ -7,6 +7,7 @@ not depend on workers, order, process count, platform or library version.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -211,10 +212,11 @@ class EpisodeDataset(Dataset[Episode]):
 class EpisodeBatches:
     """Lists of episode indices: a stream cut into epochs and dealt to processes.
 
-    Rank r of R takes the indices r, r+R, ...
+    Rank r of R takes the indices r, r+R, ... in as many batches as every other rank, as processes
+    wait for each other at each batch.
 
     Args:
-        batch_size: episodes in a batch of one process.
+        batch_size: most episodes in a batch of one process.
         episodes: in an epoch, over all processes.
         rank: of this process.
         world: number of processes.
@@ -235,14 +237,15 @@ class EpisodeBatches:
         self.rank, self.world, self.first = rank, world, first
 
     def __len__(self) -> int:
-        mine = len(range(self.rank, self.episodes, self.world))
-        return -(-mine // self.batch_size)
+        most = -(-self.episodes // self.world)
+        return -(-most // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.first()
         mine = range(first + self.rank, first + self.episodes, self.world)
-        for start in range(0, len(mine), self.batch_size):
-            yield list(mine[start : start + self.batch_size])
+        ends = [-(-len(mine) * i // len(self)) for i in range(len(self) + 1)]
+        for start, end in pairwise(ends):
+            yield list(mine[start:end])
 
 
 class Prefetched:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MeanMetric
 
 from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
@@ -37,6 +38,8 @@ class MetaLearner(pl.LightningModule, ABC):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._seed = torch.initial_seed() % 2**31
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
+        # Lightning's own mean is wrong where processes have different numbers of episodes
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
 
     @abstractmethod
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
@@ -101,19 +104,21 @@ class MetaLearner(pl.LightningModule, ABC):
         self.log("train/acc", acc, prog_bar=True, sync_dist=True)
         return objective
 
-    def _evaluate(self, batch: Episode, split: str, metric: EpisodeAccuracy) -> None:
+    def _evaluate(
+        self, batch: Episode, split: str, accuracy: EpisodeAccuracy, loss: MeanMetric
+    ) -> None:
         logits = self.predict(batch)
-        metric.update((logits.argmax(2) == batch.query_y).float().mean(1))
-        loss, tasks = self.loss(logits, batch.query_y).mean(), len(batch.query_y)
-        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=tasks, sync_dist=True)
+        accuracy.update((logits.argmax(2) == batch.query_y).float().mean(1))
+        loss.update(self.loss(logits, batch.query_y).mean(1))
+        self.log(f"{split}/loss", loss, batch_size=len(batch.query_y))
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Score the validation episodes of a batch."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        self._evaluate(batch, "val", self.val_accuracy, self.val_loss)
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Score the test episodes of a batch."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        self._evaluate(batch, "test", self.test_accuracy, self.test_loss)
 
     def _log_epoch(self, split: str, metric: EpisodeAccuracy) -> None:
         for name, value in metric.compute().items():

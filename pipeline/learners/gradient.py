@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,18 @@ R = TypeVar("R")
 Adapted = Literal["all", "head"]
 Gradient = tuple[Params, Tensor, Tensor]
 """Meta-gradient, query loss and query accuracy."""
+
+
+class InnerCurve(NamedTuple):
+    """Means over tasks after 0, 1, ... inner steps.
+
+    Attributes:
+        support_loss: what the inner loop descends.
+        query_accuracy: in 0..1.
+    """
+
+    support_loss: list[float]
+    query_accuracy: list[float]
 
 
 class GradientLearner(MetaLearner):
@@ -98,12 +110,31 @@ class GradientLearner(MetaLearner):
         Raises:
             ValueError: also if the support set has another number of classes than the head.
         """
+        return self.adapt_in(self.eval_inner_steps, support_x, support_y)
+
+    def adapt_in(self, steps: int, support_x: Tensor, support_y: Tensor) -> Classifier:
+        """`adapt` in another number of steps."""
         self._check_ways(count_ways(support_y))
         with torch.inference_mode(False):  # where `gradient` takes the slower way
             theta = {k: v.detach() for k, v in self.net.named_parameters()}
             if support_x.is_inference():  # autograd does not save such tensors
                 support_x, support_y = support_x.clone(), support_y.clone()
-            return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)
+            return self.adapt_from(theta, support_x, support_y, steps)
+
+    @torch.no_grad()
+    def inner_curve(self, batch: Episode, steps: int) -> InnerCurve:
+        """What the inner loop does to the tasks of a meta-batch, on average.
+
+        Each number of steps starts from theta, as `inner_loop` gives its end alone.
+        """
+        curve = InnerCurve([], [])
+        for k in range(steps + 1):
+            adapted = [(self.adapt_in(k, t.support_x, t.support_y), t) for t in batch.tasks()]
+            losses = [F.cross_entropy(c(t.support_x), t.support_y) for c, t in adapted]
+            accuracies = [accuracy(c(t.query_x), t.query_y) for c, t in adapted]
+            curve.support_loss.append(float(torch.stack(losses).mean()))
+            curve.query_accuracy.append(float(torch.stack(accuracies).mean()))
+        return curve
 
     def _check_ways(self, n_way: int) -> None:
         if n_way != self.n_way:
