@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.leaderboard import SIGNIFICANT, Ranking
+from pipeline.sections import Report
 
 LEGEND = (
-    "Accuracy with its 95 % interval over what the column says. Difference to the best in percentage "
-    "points with its 95 % t interval, paired over the episodes, which are the same for all rows. "
-    f"≈: not distinguishable from the best, p ≥ {SIGNIFICANT} by Wilcoxon's signed ranks, "
-    "Holm-corrected over all pairs of the ranking. Accuracies of several seeds are averaged episode "
-    "by episode before they are paired: differences hold for the models that were trained."
+    "Accuracy with its 95 % interval over what the column says. Difference to the best in "
+    "percentage points with its 95 % t interval, paired over the episodes, which are the same for "
+    f"all rows. ≈: not distinguishable from the best, p ≥ {SIGNIFICANT} by Wilcoxon's signed "
+    "ranks, Holm-corrected over all pairs of the ranking. Accuracies of several seeds are averaged "
+    "episode by episode before they are paired: differences hold for the models that were trained."
 )
 UNPAIRED = (
     "Not paired: a run made before accuracies were kept by episode; python -m pipeline.evaluate "
@@ -29,51 +30,32 @@ UNPAIRED = (
 _LEFT = {"learner", "backbone", "trained on", "interval over", "a", "b"}
 
 
-class Section(NamedTuple):
-    """Pictures under one heading of the page; `text` says what is seen."""
-
-    title: str
-    text: str
-    figures: Sequence[Any]
-
-
-class Report(NamedTuple):
-    """What is written."""
-
-    title: str
-    rankings: Sequence[Ranking]
-    differences: Sequence[Any]  # a picture or None for each ranking
-    sections: Sequence[Section]
-
-
 def standing(row: Any) -> str:
     """How a row stands to the best: the difference, or why there is none."""
     if row.mark not in ("tied", "behind"):
         return str(row.mark)
-    interval = f"[{row.to_best_low:.2f}, {row.to_best_high:.2f}]"
-    return f"{'≈ ' if row.mark == 'tied' else ''}{row.to_best:.2f} {interval}".replace("-", "−")
+    sign = "≈ " if row.mark == "tied" else ""
+    return sign + _difference(row.to_best, row.to_best_low, row.to_best_high)
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a ranking as text, without columns that have nothing to tell."""
-    table = []
-    for row in rows.itertuples():
-        known = {k: not pd.isna(getattr(row, k))
-                 for k in ("ci95", "p_holm", "parameters", "train_seconds", "adapt_ms", "published")}  # fmt: skip
-        interval = f" ± {row.ci95:.2f}" if known["ci95"] else ""
-        table.append({
+    table = [
+        {
             "learner": row.label,
-            "backbone": row.backbone or "",
-            "trained on": row.trained_on or "" if row.mark != "floor" else "",
-            "accuracy": f"{row.accuracy:.2f}{interval} %",
+            "backbone": row.backbone,
+            "trained on": _told(row.trained_on, "{}"),
+            "accuracy": f"{row.accuracy:.2f}{_told(row.ci95, ' ± {:.2f}')} %",
             "interval over": row.interval_over,
             "to the best": standing(row),
-            "p (Holm)": _p(row.p_holm) if known["p_holm"] else "",
-            "parameters": f"{int(row.parameters):,}" if known["parameters"] else "",
-            "train time": _duration(row.train_seconds) if known["train_seconds"] else "",
-            "adapt a task": f"{row.adapt_ms:.1f} ms" if known["adapt_ms"] else "",
-            "published": f"{row.published:.1f} %" if known["published"] else "",
-        })  # fmt: skip
+            "p (Holm)": _p(row.p_holm),
+            "parameters": _told(row.parameters, "{:,.0f}"),
+            "train time": "" if pd.isna(row.train_seconds) else _duration(row.train_seconds),
+            "adapt a task": _told(row.adapt_ms, "{:.1f} ms"),
+            "published": _told(row.published, "{:.1f} %"),
+        }
+        for row in rows.itertuples()
+    ]
     frame = pd.DataFrame(table)
     return frame.loc[:, (frame != "").any()]
 
@@ -84,7 +66,7 @@ def shown_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
         {
             "a": row.a,
             "b": row.b,
-            "a − b, points": f"{row.difference:.2f} [{row.low:.2f}, {row.high:.2f}]".replace("-", "−"),
+            "a − b, points": _difference(row.difference, row.low, row.high),
             "p": _p(row.p),
             "p (Holm)": _p(row.p_holm),
             "distinguishable": "yes" if row.p_holm < SIGNIFICANT else "no",
@@ -94,12 +76,21 @@ def shown_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _told(value: Any, form: str) -> str:
+    """The value in that form; nothing if it is not known."""
+    return "" if pd.isna(value) else form.format(value)
+
+
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else _told(value, "{:.3f}")
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -177,7 +168,7 @@ def _markdown_table(frame: pd.DataFrame) -> list[str]:
 
 
 def _latex(report: Report) -> str:
-    """Tables to \\input, one a ranking and one for its pairs."""
+    """Tables to be read in, one a ranking and one for its pairs."""
     parts = [r"% \usepackage{booktabs} in the preamble; \input{report.tex} where the tables go"]
     for ranking in report.rankings:
         notes = " ".join([f"{ranking.title}.", *footnotes(ranking)])

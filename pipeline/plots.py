@@ -87,7 +87,10 @@ def differences_figure(rows: pd.DataFrame, colour: Mapping[str, str]) -> Any:
     rows = rows[rows["to_best"].notna()].iloc[::-1]
     figure = _figure(height=110 + 34 * len(rows))
     for row in rows.itertuples():
-        arms = {"array": [row.to_best_high - row.to_best], "arrayminus": [row.to_best - row.to_best_low]}
+        arms = {
+            "array": [row.to_best_high - row.to_best],
+            "arrayminus": [row.to_best - row.to_best_low],
+        }
         figure.add_scatter(
             x=[row.to_best], y=[row.label], mode="markers", showlegend=False,
             error_x={"type": "data", "symmetric": False, "thickness": 2, "width": 6, **arms},
@@ -96,7 +99,9 @@ def differences_figure(rows: pd.DataFrame, colour: Mapping[str, str]) -> Any:
             hovertemplate="%{y}: %{x:.2f} points<extra></extra>",
         )  # fmt: skip
     figure.add_vline(x=0, line={"width": 1, "color": "#555"})
-    figure.update_xaxes(title="difference to the best, percentage points (open: not distinguishable)")
+    figure.update_xaxes(
+        title="difference to the best, percentage points (open: not distinguishable)"
+    )
     return figure
 
 
@@ -147,7 +152,9 @@ def _axis(values: pd.Series) -> str:
     """Logarithmic for what spans more than a factor of ten."""
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         return "category"
-    return "log" if len(values) and values.min() > 0 and values.max() > 10 * values.min() else "linear"
+    return (
+        "log" if len(values) and values.min() > 0 and values.max() > 10 * values.min() else "linear"
+    )
 
 
 def importance_figure(importance: Mapping[str, float]) -> Any:

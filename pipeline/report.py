@@ -3,22 +3,13 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from pipeline.cli import main
-from pipeline.compose import compose_config, experiments
+from pipeline.compose import CONF, compose_config
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from pipeline.leaderboard import Ranking
-    from pipeline.pages import Section
-    from pipeline.tracking.read import Reader, Study
-
-_FILTERS = {"test_set": "data", "n_way": "n_way", "k_shot": "k_shot", "episodes": "episodes"}
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -33,40 +24,31 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     import pandas as pd
 
-    from pipeline import config, leaderboard, pages
-    from pipeline.plots import colours, differences_figure
+    from pipeline import config, leaderboard, pages, tested
+    from pipeline.sections import make_report
     from pipeline.tracking import store
     from pipeline.tracking.read import Reader, without_trials
 
     config.check_root(cfg, "report")
     reader = Reader()
-    study = None
-    runs = pd.DataFrame()
+    study, runs, title = None, pd.DataFrame(), cfg.study
     if cfg.study:
         study, runs = reader.study(cfg.study)
     if cfg.runs:
         runs = reader.runs(cfg.runs)
+        title = title or f"{len(runs)} runs"
     elif cfg.experiment or not cfg.study:
-        name = cfg.experiment or compose_config("train", []).experiment_name
-        runs = without_trials(reader.experiment(name))
-    tests = leaderboard.collect(runs, reader.results)
-    tests = _filtered(tests, cfg) if len(tests) else tests
+        title = cfg.experiment or compose_config("train", []).experiment_name
+        runs = without_trials(reader.experiment(title))
+    tests = tested.collect(runs, reader.results)
+    wanted = {"data": cfg.test_set} | {k: cfg[k] for k in ("n_way", "k_shot", "episodes")}
+    tests = tested.only(tests, {k: v for k, v in wanted.items() if v is not None})
     if tests.empty and not study:
-        raise UserError("runs: none of them was tested; train and evaluate leave what is reported")
-    if len(tests):
-        _add_published(tests, runs)
-    rankings = leaderboard.rank(tests, reader.accuracies) if len(tests) else []
-    title = cfg.study or (cfg.runs and f"{len(runs)} runs") or name
-    colour = colours([label for ranking in rankings for label in ranking.rows["label"]])
-    sections = _run_sections(rankings, runs, reader, colour)
-    report = pages.Report(
-        title=f"Report: {title}",
-        rankings=rankings,
-        differences=[
-            differences_figure(r.rows, colour) if len(r.pairs) else None for r in rankings
-        ],
-        sections=sections + (_study_sections(study) if study else []),
-    )
+        raise UserError(f"runs: of {title} none was tested; train and evaluate leave test results")
+    tests = tested.with_published(tests, _published())
+    rankings = leaderboard.rank(tests, reader.accuracies)
+    names = dict(zip(runs["run_id"], runs["name"], strict=True))
+    report = make_report(f"Report: {title}", rankings, names, reader.curve, study)
     default = store.MLRUNS / "reports" / re.sub(r"[^\w.\-]+", "_", title)
     out = Path(cfg.out).expanduser().absolute() if cfg.out else default
     try:
@@ -77,3 +59,16 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     pages.print_report(report)
     print(f"{', '.join(path.name for path in written)} in {out}")
     return {"out": out, "rankings": rankings}
+
+
+def _published() -> list[dict[str, Any]]:
+    """What conf/experiment states of the literature, each with the backbone that it is of."""
+    stated = []
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        cfg = compose_config("train", [f"experiment={path.stem}"])
+        stated += [{**row, "backbone._target_": cfg.backbone._target_} for row in cfg.published]
+    return stated
+
+
+if __name__ == "__main__":
+    main("report", run)

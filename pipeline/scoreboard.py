@@ -154,9 +154,7 @@ def score_all(
                 took = adaptation_seconds(each, test.data, "test", *shape)
                 network = backbone if each is learner else ""
                 size = sum(p.numel() for p in each.parameters())
-                results.append(
-                    Result(each.label, each.protocol, test, scores, network, size, took)
-                )
+                results.append(Result(each.label, each.protocol, test, scores, network, size, took))
     return results
 
 

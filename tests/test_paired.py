@@ -11,7 +11,9 @@ from pipeline.paired import compare, holm, mean_t95
 QUERIES = 75
 
 
-def simulated(rng: np.random.Generator, episodes: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+def simulated(
+    rng: np.random.Generator, episodes: int, gain: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Accuracies of two learners on episodes of varying difficulty, out of 75 queries each.
 
     Each query has a probability of 0.5 to 0.9, the same for both but for `gain`, so the accuracies

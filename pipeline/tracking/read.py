@@ -86,7 +86,8 @@ class Reader:
 
         And metrics.KEY, the latest of each.
         """
-        found, token = [], None
+        found: list[Any] = []
+        token = None
         while True:
             page = self._client.search_runs(experiments, condition, page_token=token)
             found += page
