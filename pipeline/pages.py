@@ -44,7 +44,7 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "learner": row.label,
             "backbone": row.backbone,
-            "trained on": _told(row.trained_on, "{}"),
+            "trained on": "" if row.trained_on == row.data else _told(row.trained_on, "{}"),
             "accuracy": f"{row.accuracy:.2f}{_told(row.ci95, ' ± {:.2f}')} %",
             "interval over": row.interval_over,
             "to the best": standing(row),
@@ -218,5 +218,7 @@ def _html(report: Report) -> str:
 
 def _picture(figure: Any) -> str:
     return figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+        full_html=False,
+        include_plotlyjs=False,
+        config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage"]]},
     )

@@ -31,20 +31,19 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     config.check_root(cfg, "report")
     reader = Reader()
-    study, runs, title = None, pd.DataFrame(), cfg.study
-    if cfg.study:
-        study, runs = reader.study(cfg.study)
+    study, runs = reader.study(cfg.study) if cfg.study else (None, pd.DataFrame())
+    name = cfg.experiment or compose_config("train", []).experiment_name
     if cfg.runs:
-        runs = reader.runs(cfg.runs)
-        title = title or f"{len(runs)} runs"
+        runs, name = reader.runs(cfg.runs), f"{len(cfg.runs)} runs"
     elif cfg.experiment or not cfg.study:
-        title = cfg.experiment or compose_config("train", []).experiment_name
-        runs = without_trials(reader.experiment(title))
-    tests = tested.collect(runs, reader.results)
+        runs = without_trials(reader.experiment(name))
+    title = cfg.study or name
     wanted = {"data": cfg.test_set} | {k: cfg[k] for k in ("n_way", "k_shot", "episodes")}
-    tests = tested.only(tests, {k: v for k, v in wanted.items() if v is not None})
+    wanted = {k: v for k, v in wanted.items() if v is not None}
+    tests = tested.only(tested.collect(runs, reader.results), wanted)
     if tests.empty and not study:
-        raise UserError(f"runs: of {title} none was tested; train and evaluate leave test results")
+        such = "".join(f" {k}={v}" for k, v in wanted.items())
+        raise UserError(f"runs: of {title} none was tested{such and f' on{such}'}")
     tests = tested.with_published(tests, _published())
     rankings = leaderboard.rank(tests, reader.accuracies)
     names = dict(zip(runs["run_id"], runs["name"], strict=True))

@@ -15,6 +15,7 @@ from pipeline.plots import (
     shots_figure,
     slices_figure,
 )
+from pipeline.tested import FLOOR
 
 if TYPE_CHECKING:
     from pipeline.tracking.read import Study
@@ -50,11 +51,17 @@ def make_report(
         names: of runs, by id.
     """
     colour = colours([label for r in rankings for label in r.rows["label"]])
-    pictures = [differences_figure(r.rows, colour) if len(r.pairs) else None for r in rankings]
+    pictures = [_differences(ranking.rows, colour) for ranking in rankings]
     sections = [_shots(rankings, colour), *_curves(rankings, names, curve, colour)]
     if study:
         sections.append(_study(study))
     return Report(title, rankings, pictures, [s for s in sections if s.figures])
+
+
+def _differences(rows: pd.DataFrame, colour: Mapping[str, str]) -> Any:
+    """Without the pixel floor, far from which all others are one point."""
+    drawn = rows[rows["to_best"].notna() & (rows["label"] != FLOOR)]
+    return differences_figure(drawn, colour) if len(drawn) else None
 
 
 def _shots(rankings: Sequence[Ranking], colour: Mapping[str, str]) -> Section:

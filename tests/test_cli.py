@@ -116,7 +116,7 @@ def test_help_imports_nothing_heavy():
         ("pipeline.report experiment=typo", ["experiment: no experiment 'typo' in sqlite:///"]),
         ("pipeline.report runs=[typo]", ["run: no run 'typo' in sqlite:///"]),
         ("pipeline.report study=typo", ["study: no study 'typo' in sqlite:///"]),
-        ("pipeline.report experiment=Default", ["runs: of Default none was tested;"]),
+        ("pipeline.report experiment=Default", ["runs: of Default none was tested"]),
         ("pipeline.report runs=[]", ["runs: found []; List should have at least 1 item"]),
         ("pipeline.report k_shot=one", ["k_shot: found 'one'; Input should be a valid integer"]),
         ("pipeline.report bogus=1", ["bogus=1: unknown key 'bogus'; report has episodes, experiment,"]),

@@ -314,6 +314,14 @@ def test_a_sweep_is_drawn_and_its_trials_are_not_ranked(tmp_path):
     assert by_label(ranking).loc["ProtoNet", "runs"] == winner
 
 
+def test_what_is_left_by_filters():
+    for k_shot in (1, 5):
+        record(k_shot=k_shot)
+    assert [r.k_shot for r in make("k_shot=5", "n_way=5", "test_set=blobs")["rankings"]] == [5]
+    with pytest.raises(UserError, match=r"none was tested on data=blob k_shot=1"):
+        make("k_shot=1", "test_set=blob")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     record()
     (tmp_path / "occupied").write_text("a file")
