@@ -171,8 +171,9 @@ def _latex(report: Report) -> str:
     """Tables to be read in, one a ranking and one for its pairs."""
     parts = [r"% \usepackage{booktabs} in the preamble; \input{report.tex} where the tables go"]
     for ranking in report.rankings:
-        notes = " ".join([f"{ranking.title}.", *footnotes(ranking)])
-        parts.append(_latex_table(shown(ranking.rows), f"{notes} {LEGEND}"))
+        legend = [LEGEND] if ranking is report.rankings[0] else []
+        caption = " ".join([f"{ranking.title}.", *footnotes(ranking), *legend])
+        parts.append(_latex_table(shown(ranking.rows), caption))
         if len(ranking.pairs):
             caption = f"{ranking.title}: differences of all pairs with their 95 % intervals."
             parts.append(_latex_table(shown_pairs(ranking.pairs), caption))
@@ -181,13 +182,14 @@ def _latex(report: Report) -> str:
 
 def _latex_table(frame: pd.DataFrame, caption: str) -> str:
     plain = frame.map(_tex).rename(columns=_tex)
-    return plain.style.hide(axis="index").to_latex(
+    table = plain.style.hide(axis="index").to_latex(
         hrules=True,
         column_format="".join("l" if name in _LEFT else "r" for name in frame),
         caption=_tex(caption),
         position="htbp",
         position_float="centering",
     )
+    return table.replace(r"\begin{tabular}", "\\footnotesize\n\\begin{tabular}")
 
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli import main
 from pipeline.compose import CONF, compose_config
@@ -32,7 +32,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check_root(cfg, "report")
     reader = Reader()
     study, runs = reader.study(cfg.study) if cfg.study else (None, pd.DataFrame())
-    name = cfg.experiment or compose_config("train", []).experiment_name
+    name = cfg.experiment or OmegaConf.load(CONF / "train.yaml").experiment_name
     if cfg.runs:
         runs, name = reader.runs(cfg.runs), f"{len(cfg.runs)} runs"
     elif cfg.experiment or not cfg.study:
