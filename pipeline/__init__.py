@@ -1,13 +1,15 @@
 """Meta-learning, tracked: a map of the floors. Imports point down only.
 
-Floor 5, commands: train, evaluate, ui; each a `run(cfg)` behind cli.
+Floor 5, commands: train, sweep, evaluate, report, ui; each a `run(cfg)` behind cli; study (what a
+    sweep is made of; nothing else imports optuna).
 Floor 4, runs: compose, signature and config (configurations to parts), checkpoints, scoreboard
     (test sets to tables), seen (what training saw, which no test may hold), processes (of one
-    run), trained (a run to use), reporting (what a run leaves behind), tracking (MLflow; nothing
-    else imports it).
+    run), trained (a run to use), reporting (what a run leaves behind), tested, leaderboard,
+    sections, pages (from tested runs to a report), tracking (MLflow; nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
 Floor 1, material: blocks and backbones (networks), engine (how the tasks of a meta-batch are run),
-    metrics, figures; data (image pools, class splits, episodes).
-Floor 0, words: episode (the shapes of a task), functional (pure maths), annotations, errors.
+    metrics, figures, plots; data (image pools, class splits, episodes).
+Floor 0, words: episode (the shapes of a task), functional (pure maths), paired (statistics of
+    learners on the same episodes), annotations, errors.
 """

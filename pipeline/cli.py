@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.compose import CONF, OverrideError, compose_config, one_line
+from pipeline.compose import CONF, WITHOUT_GROUPS, OverrideError, compose_config, one_line
 from pipeline.errors import UserError
 from pipeline.processes import is_local_zero, repeats_errors
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "meta-train a learner, keep the best checkpoint, test it once",
     "sweep": "search for the values that validate best, with workers side by side",
     "evaluate": "score a trained run on the fixed test episodes, or on other data",
+    "report": "compare tested runs: leaderboard, paired differences, plots, one HTML page",
     "ui": "open the MLflow UI on the tracked runs",
 }
 
@@ -31,11 +32,12 @@ def help_text(name: str) -> str:
     lines = [line.removeprefix("#").removeprefix(" ") for line in header]
     lines += ["", f"Keys and defaults (conf/{name}.yaml):", ""]
     lines += [f"  {line}" for line in keys if line.strip()]
-    lines += ["", "Groups (GROUP=OPTION; a file in conf/GROUP each):", ""]
-    for group in sorted(p for p in CONF.iterdir() if p.is_dir()):
-        options = sorted(p.stem for p in group.glob("*.yaml"))
-        if options:
-            lines.append(f"  {group.name}: {' '.join(options)}")
+    if name not in WITHOUT_GROUPS:
+        lines += ["", "Groups (GROUP=OPTION; a file in conf/GROUP each):", ""]
+        for group in sorted(p for p in CONF.iterdir() if p.is_dir()):
+            options = sorted(p.stem for p in group.glob("*.yaml"))
+            if options:
+                lines.append(f"  {group.name}: {' '.join(options)}")
     lines += ["", "--cfg prints the composed configuration and stops."]
     return "\n".join(lines)
 

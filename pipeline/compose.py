@@ -4,11 +4,13 @@ Hydra's compose API, not its decorator: the decorator exits with code 1, prints 
 at the first bad override and makes an outputs folder. Imports nothing heavy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
@@ -18,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+WITHOUT_GROUPS = {"report", "ui"}
+"""Commands whose keys are all plain: the `experiment` of a report is none of conf/experiment."""
 _REFUSED = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for an override that does not fit; ValueError for GROUP=null."""
 
@@ -36,13 +40,25 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         OverrideError: one line for each override that does not fit.
     """
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _searching(name):
         try:
             return compose(name, list(overrides))
         except _REFUSED as error:
             problems, fitting = _try_each(name, overrides)
             raise OverrideError(problems or [one_line(error)], fitting) from error
+
+
+@contextmanager
+def _searching(name: str) -> Iterator[None]:
+    """Hydra where it finds the command's configuration, and the groups if it has any."""
+    GlobalHydra.instance().clear()
+    if name in WITHOUT_GROUPS:
+        ConfigStore.instance().store(name, OmegaConf.load(CONF / f"{name}.yaml"))
+        with initialize(None, version_base="1.3"):
+            yield
+    else:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -60,7 +76,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def _try_each(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is wrong with which override, and those that hold; groups first, values need them."""
-    groups = _groups()
+    groups = _groups(name)
     ordered = sorted(overrides, key=lambda o: _split(o)[0] not in groups)
     fitting: list[str] = []
     problems = []
@@ -73,8 +89,10 @@ def _try_each(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]
     return problems, fitting
 
 
-def _groups() -> dict[str, list[str]]:
-    """The options of every group."""
+def _groups(name: str) -> dict[str, list[str]]:
+    """The options of every group of a command."""
+    if name in WITHOUT_GROUPS:
+        return {}
     folders = sorted(p for p in CONF.iterdir() if p.is_dir())
     return {p.name: sorted(option.stem for option in p.glob("*.yaml")) for p in folders}
 
@@ -87,7 +105,7 @@ def _split(override: str) -> tuple[str, str]:
 def _explain(name: str, fitting: list[str], override: str, error: Exception) -> str:
     """Names what is allowed in place of an unknown option or key."""
     key, value = _split(override)
-    if (options := _groups().get(key)) and value not in options:
+    if (options := _groups(name).get(key)) and value not in options:
         return f"no such option; {key} can be {', '.join(options)}"
     unknown = isinstance(error, ConfigCompositionException) and "Could not override" in str(error)
     if options and unknown:

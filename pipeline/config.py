@@ -59,10 +59,21 @@ _ROOT: dict[str, dict[str, Any]] = {
         "episodes": PositiveInt | None,
         "also_test": list[str | dict[str, Any]] | None,
     },
+    "report": {
+        "experiment": str | None,
+        "runs": Annotated[list[str], MinLen(1)] | None,
+        "study": str | None,
+        "test_set": str | None,
+        "n_way": Ways | None,
+        "k_shot": PositiveInt | None,
+        "episodes": PositiveInt | None,
+        "out": str | None,
+    },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
-_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"}, "ui": set()}
+_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
+           "report": set(), "ui": set()}  # fmt: skip
 
 _RESERVED = {"logger", "callbacks", "max_epochs", "enable_progress_bar", "enable_checkpointing",
              "enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps",
@@ -250,6 +261,15 @@ def build_learner(
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"learner.optimizer, learner.scheduler: {_first_line(error)}") from error
     return built
+
+
+def backbone_label(cfg: DictConfig) -> str:
+    """Name of the network for tables, as papers write it: Conv4-64; empty if there is none."""
+    if "backbone" not in parameters(hydra.utils.get_class(cfg.learner._target_)):
+        return ""
+    node = cfg.backbone
+    name = node.name if "name" in node else node._target_.rpartition(".")[2]
+    return f"{name}-{node.width}" if "width" in node else name
 
 
 def _try_out(backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:

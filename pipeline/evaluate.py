@@ -69,9 +69,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     sets = make_test_sets(trained, data, others, shots)
     refuse_seen(checkpoints.stored_seen(path), sets)
     csv = f"evaluations/{datetime.now(UTC):%Y%m%dT%H%M%SZ}.csv"
+    network = config.backbone_label(trained)
     with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
         return reporting.test_and_report(
-            tracked, learner, sets, trained.published, step, main=None, csv=csv
+            tracked, learner, sets, network, trained.published, step, main=None, csv=csv
         )
 
 

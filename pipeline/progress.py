@@ -55,14 +55,28 @@ class RunLogger(Logger):
 
 
 class Throughput(Callback):
-    """Logs `train/episodes_per_s` of the steps since the last validation (all processes)."""
+    """Logs the speed and the duration of training, in which validation does not count.
+
+    `train/episodes_per_s` of the steps since the last validation (all processes);
+    `train/seconds` of all steps, those before a resumption included.
+    """
 
     def __init__(self) -> None:
         self._since, self._episodes = time.perf_counter(), 0
+        self._before = self._seconds = 0.0  # until the last validation, until now
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run goes on from."""
+        return {"seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """See `state_dict`."""
+        self._seconds = state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation and checkpoints do not count."""
         self._since, self._episodes = time.perf_counter(), 0
+        self._before = self._seconds
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Episode,
@@ -70,8 +84,13 @@ class Throughput(Callback):
     ) -> None:  # fmt: skip
         """Count the tasks of the batch."""
         self._episodes += len(batch.id) * trainer.world_size
-        rate = self._episodes / (time.perf_counter() - self._since)
-        pl_module.log("train/episodes_per_s", rate, prog_bar=True)
+        spent = time.perf_counter() - self._since
+        self._seconds = self._before + spent
+        pl_module.log("train/episodes_per_s", self._episodes / spent, prog_bar=True)
+        pl_module.log(
+            "train/seconds", self._seconds, on_step=False, on_epoch=True, reduce_fx="max",
+            sync_dist=True,
+        )  # fmt: skip
 
 
 class StepBar(RichProgressBar):

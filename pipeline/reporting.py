@@ -9,10 +9,22 @@ from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeDataset
 from pipeline.figures import class_accuracy_figure, prediction_figure
 from pipeline.learners.base import MetaLearner
-from pipeline.scoreboard import FixedEpisodes, Result, metrics, print_frame, score_all, to_frame
+from pipeline.learners.evaluation import accuracy_by_steps
+from pipeline.learners.gradient import GradientLearner
+from pipeline.scoreboard import (
+    FixedEpisodes,
+    Result,
+    by_episode,
+    metrics,
+    print_frame,
+    score_all,
+    to_frame,
+)
 
 if TYPE_CHECKING:
     from pipeline.tracking.run import Run
+
+STEP_EPISODES = 200  # on which the accuracy after each number of inner steps is shown
 
 
 def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[FixedEpisodes]) -> None:
@@ -33,6 +45,7 @@ def test_and_report(
     run: "Run",
     learner: MetaLearner,
     sets: Sequence[FixedEpisodes],
+    backbone: str,
     published: Sequence[Mapping[str, Any]],
     step: int,
     main: FixedEpisodes | None,
@@ -41,6 +54,7 @@ def test_and_report(
     """Test once, print the table, and leave table, metrics and pictures with the run.
 
     Args:
+        backbone: name of the learner's network, for the table.
         published: see `to_frame`.
         step: the training step that the weights are of.
         main: the set whose numbers are also those of the run, `test/acc`; None if it has them.
@@ -50,17 +64,28 @@ def test_and_report(
         `run_id` and the metrics, accuracies in 0..1.
     """
     learner.eval()
-    results = score_all(learner, sets)
+    results = score_all(learner, sets, backbone)
     frame = to_frame(results, published)
     numbers = metrics(results, main, learner.label)
     run.log_metrics(numbers, step)
+    for name, accuracies in by_episode(results).items():
+        run.log_csv(accuracies, f"episodes/{name}.csv")
     run.log_table(frame, csv, "results.json")
+    if main and isinstance(learner, GradientLearner) and learner.eval_inner_steps > 1:
+        _log_steps(run, learner, main)
     print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
     for result in results:
         if result.learner == learner.label:
             _log_figures(run, learner, result)
     print(run.where())
     return {"run_id": run.run_id, **numbers}
+
+
+def _log_steps(run: "Run", learner: GradientLearner, test: FixedEpisodes) -> None:
+    """`adapt/acc_at_step`, against inner steps instead of training steps; selects nothing."""
+    episodes = min(test.episodes, STEP_EPISODES)
+    for step, acc in accuracy_by_steps(learner, test.data, test.sampler(), episodes).items():
+        run.log_metrics({"adapt/acc_at_step": acc}, step)
 
 
 def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:

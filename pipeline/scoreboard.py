@@ -19,7 +19,7 @@ from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeSampler
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
-from pipeline.learners.evaluation import Scorer, Scores
+from pipeline.learners.evaluation import Scorer, Scores, adaptation_seconds
 from pipeline.learners.pixel_centroid import PixelCentroid
 from pipeline.progress import Slow
 
@@ -46,12 +46,21 @@ class FixedEpisodes(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One learner on one test set."""
+    """One learner on one test set.
+
+    Attributes:
+        backbone: name of its network; empty if it has none.
+        parameters: how many numbers it has learned.
+        adapt_seconds: to adapt to one task, alone on the device.
+    """
 
     learner: str
     protocol: str
     test: FixedEpisodes
     scores: Scores
+    backbone: str
+    parameters: int
+    adapt_seconds: float
 
 
 def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConfig]:
@@ -118,7 +127,9 @@ def make_test_sets(
     return sets
 
 
-def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Result]:
+def score_all(
+    learner: MetaLearner, sets: Iterable[FixedEpisodes], backbone: str = ""
+) -> list[Result]:
     """Score the learner and the pixel floor on every set; tells how far it is."""
     learners = [learner]
     if not isinstance(learner, PixelCentroid):
@@ -139,7 +150,11 @@ def score_all(learner: MetaLearner, sets: Iterable[FixedEpisodes]) -> list[Resul
                     line(n)
 
                 scores = scorer.score(test.sampler(), test.episodes, done)
-                results.append(Result(each.label, each.protocol, test, scores))
+                shape = (test.n_way, test.k_shot, test.n_query)
+                took = adaptation_seconds(each, test.data, "test", *shape)
+                network = backbone if each is learner else ""
+                size = sum(p.numel() for p in each.parameters())
+                results.append(Result(each.label, each.protocol, test, scores, network, size, took))
     return results
 
 
@@ -151,7 +166,7 @@ def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) 
             source; shown beside the row that they match.
     """
     rows = []
-    for learner, protocol, test, scores in results:
+    for learner, protocol, test, scores, backbone, parameters, adapt_seconds in results:
         mean, ci95 = scores.interval()
         beside = [
             p
@@ -172,9 +187,22 @@ def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) 
                 "protocol": protocol,
                 "published": beside[0]["accuracy"] if beside else math.nan,
                 "published_source": beside[0]["source"] if beside else "",
+                "backbone": backbone,
+                "parameters": parameters,
+                "adapt_ms": round(1000 * adapt_seconds, 3),
+                "episode_list": scores.episode_list[:16],
             }
         )
     return pd.DataFrame(rows)
+
+
+def by_episode(results: Iterable[Result]) -> dict[str, pd.DataFrame]:
+    """Accuracy of every episode in 0..1, a column a learner, by `SET_NwKs_LIST`."""
+    columns: dict[str, dict[str, Any]] = {}
+    for result in results:
+        name = f"{result.test.key}_{result.scores.episode_list[:16]}"
+        columns.setdefault(name, {})[result.learner] = result.scores.accuracy()
+    return {name: pd.DataFrame(each) for name, each in columns.items()}
 
 
 def metrics(

@@ -74,6 +74,7 @@ def run(
     if cfg.compile:
         learner.compile_networks()
 
+    network = config.backbone_label(cfg)
     resolved = _resolved(cfg, data.image_shape, options["devices"])
     facts = {
         "seed": cfg.seed,
@@ -103,7 +104,7 @@ def run(
                 print(f"best val/acc {score:.4f} after step {step}; {tracked.where()}")
                 return {"run_id": tracked.run_id, "val/acc": score}
         return reporting.test_and_report(
-            tracked, learner, sets, cfg.published, step, main_set, "results.csv"
+            tracked, learner, sets, network, cfg.published, step, main_set, "results.csv"
         )
 
 

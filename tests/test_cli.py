@@ -54,7 +54,8 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    assert commands == ["pipeline.train", "pipeline.sweep", "pipeline.evaluate", "pipeline.ui"]
+    names = ["train", "sweep", "evaluate", "report", "ui"]
+    assert commands == [f"pipeline.{name}" for name in names]
     for command in commands:
         seconds = []
         for _ in range(3):
@@ -113,6 +114,13 @@ def test_help_imports_nothing_heavy():
         ("pipeline.evaluate run=", ["run, checkpoint: found run=, checkpoint=None; give one"]),
         ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
         ("pipeline.evaluate checkpoint=none.ckpt", ["checkpoint: no file none.ckpt"]),
+        ("pipeline.report experiment=typo", ["experiment: no experiment 'typo' in sqlite:///"]),
+        ("pipeline.report runs=[typo]", ["run: no run 'typo' in sqlite:///"]),
+        ("pipeline.report study=typo", ["study: no study 'typo' in sqlite:///"]),
+        ("pipeline.report experiment=Default", ["runs: of Default none was tested"]),
+        ("pipeline.report runs=[]", ["runs: found []; List should have at least 1 item"]),
+        ("pipeline.report k_shot=one", ["k_shot: found 'one'; Input should be a valid integer"]),
+        ("pipeline.report bogus=1", ["bogus=1: unknown key 'bogus'; report has episodes, experiment,"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_line_each_and_exit_code_2(typed, command, expected):
@@ -155,7 +163,9 @@ def test_readme_commands_compose():
     from pipeline import config
     from pipeline.compose import compose_config
 
-    lines = re.findall(r"^ {4}python -m pipeline\.(train|evaluate) ?(.*)$", README, re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}python -m pipeline\.(train|evaluate|report) ?(.*)$", README, re.MULTILINE
+    )
     assert len(lines) >= 6
     for command, rest in lines:
         cfg = compose_config(command, rest.split("#")[0].split())

@@ -4,6 +4,9 @@ Embedding learners with an inductive backbone embed each image once; their episo
 gathers of embeddings and calls of `heads`, which is what `adapt` does after embedding.
 """
 
+import hashlib
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,9 +20,11 @@ from pipeline.episode import Episode
 from pipeline.functional import MeanInterval, mean_ci95
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
+from pipeline.learners.gradient import GradientLearner
 
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
+WARM_UP = 3  # tasks adapted to before the clock runs
 
 
 class Scores(NamedTuple):
@@ -28,10 +33,13 @@ class Scores(NamedTuple):
     Attributes:
         correct: (episodes, n_way*n_query) bool.
         classes: (episodes, n_way*n_query) true class of each query, an id of the pool.
+        episode_list: SHA-256 (hex) of the pool and of the images and classes of every episode, in
+            order. Accuracies of equal lists may be compared episode by episode.
     """
 
     correct: np.ndarray
     classes: np.ndarray
+    episode_list: str
 
     def accuracy(self) -> np.ndarray:
         """(episodes,) share of correct queries."""
@@ -75,15 +83,18 @@ class Scorer:
         was_training = self.learner.training
         self.learner.eval()
         correct, classes = [], []
+        shape = (*sampler.shape(0), sampler.n_query)
+        identity = hashlib.sha256(f"{self.data.pool.fingerprint} {shape}".encode())
         with torch.inference_mode():
             for done, chosen in self._chunks(sampler, episodes):
                 n_way, n_query = chosen.query.shape[1:]
                 y = torch.arange(n_way, device=self.learner.device).repeat_interleave(n_query)
                 correct.append((self._predict(chosen).argmax(2) == y).cpu().numpy())
                 classes.append(chosen.classes.repeat(n_query, axis=1))
+                identity.update(_as_bytes(chosen))
                 progress(done)
         self.learner.train(was_training)
-        return Scores(np.concatenate(correct), np.concatenate(classes))
+        return Scores(np.concatenate(correct), np.concatenate(classes), identity.hexdigest())
 
     def _chunks(
         self, sampler: EpisodeSampler, episodes: int
@@ -128,3 +139,70 @@ class Scorer:
             parts = torch.from_numpy(used).split(EMBED_BATCH)
             self._embedded = torch.cat([self.learner.embed(self._images(part)) for part in parts])
         return self._embedded
+
+
+def _as_bytes(chosen: EpisodeIndices) -> bytes:
+    """Episode after episode, so that the bytes of a list do not depend on how it is cut."""
+    rows = [field.reshape(len(field), -1) for field in chosen]  # (tasks, numbers of an episode)
+    return np.concatenate(rows, axis=1).astype("<i8").tobytes()
+
+
+def accuracy_by_steps(
+    learner: GradientLearner, data: EpisodicDataModule, sampler: EpisodeSampler, episodes: int
+) -> dict[int, float]:
+    """Test accuracy after some numbers of inner steps, from none to those that it is tested with.
+
+    Every step up to three, then about a third more each time: what a long inner loop does is seen
+    from few evaluations.
+    """
+    steps = learner.eval_inner_steps
+    shown = sorted({min(k, steps) for k in (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 50, steps)})
+    scorer = Scorer(learner, data, "test")
+    try:
+        out = {}
+        for k in shown:
+            learner.eval_inner_steps = k
+            out[k] = scorer.score(sampler, episodes).interval().mean
+        return out
+    finally:
+        learner.eval_inner_steps = steps
+
+
+def adaptation_seconds(
+    learner: MetaLearner,
+    data: EpisodicDataModule,
+    split: Split,
+    n_way: int,
+    k_shot: int,
+    n_query: int,
+    tasks: int = 11,
+) -> float:
+    """Median time to adapt to one task, images on the device already, in seconds.
+
+    Args:
+        learner: in whatever mode; timed in eval mode on the device it is on.
+        data, split, n_way, k_shot, n_query: whose first episodes are adapted to; their queries are
+            not looked at.
+        tasks: how many are timed, one at a time.
+    """
+    device, was_training = learner.device, learner.training
+    sampler = data.sampler(split, n_way, k_shot, n_query)
+    y = torch.arange(n_way, device=device).repeat_interleave(k_shot)
+    learner.eval()
+    seconds = []
+    with torch.inference_mode():
+        for index in range(WARM_UP + tasks):
+            chosen = torch.from_numpy(sampler.sample([index]).support).flatten()
+            x = data.prepare(data.images(chosen, device))  # (n_way*k_shot, C, H, W)
+            _wait(device)
+            start = time.perf_counter()
+            learner.adapt(x, y)
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+    learner.train(was_training)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

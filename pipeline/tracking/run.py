@@ -68,7 +68,7 @@ class Run:
 
     def log_table(self, frame: "pd.DataFrame", csv: str, table: str) -> None:
         """A CSV file for people, and rows added to a table that the MLflow UI shows."""
-        self.log_text(frame.to_csv(index=False), csv)
+        self.log_csv(frame, csv)
         clean = json.loads(frame.to_json(orient="columns"))
         columns = {key: list(column.values()) for key, column in clean.items()}
         self._send("table", columns=columns, to=table)
@@ -78,6 +78,10 @@ class Run:
         self.log_text(frame.to_json(orient="split", index=False), path)
         shown = [{"path": path, "type": "table"}]
         self.set_tags({"mlflow.loggedArtifacts": json.dumps(shown)})
+
+    def log_csv(self, frame: "pd.DataFrame", path: str) -> None:
+        """A CSV file at the artifact path."""
+        self.log_text(frame.to_csv(index=False), path)
 
     def log_figure(self, figure: "Figure", path: str) -> None:
         """A PNG at the artifact path."""
