@@ -152,7 +152,7 @@ def checkpoint_of(folder: Path, child: subprocess.Popen) -> Path:
 def test_a_killed_run_of_two_resumes_to_the_same_weights(runs_folder):
     steps = ["trainer.max_steps=60", "test_k_shot=[1]", "data.augmentation.affine=0.1"]
     whole = in_two_processes(runs_folder, *steps)
-    out, err = whole.communicate(timeout=240)
+    err = whole.communicate(timeout=240)[1]
     assert whole.returncode == 0, err
     (expected,) = store.connect().search_runs(["1"])
 

@@ -179,6 +179,7 @@ def test_embedding_once_equals_adapting_episode_by_episode(learner):
             assert (right == once.correct[index]).all()
 
 
+@torch.no_grad()
 def test_the_inner_curve_begins_at_theta_and_passes_through_what_adapt_returns(learner):
     if not isinstance(learner, GradientLearner):
         pytest.skip("no inner loop")
