@@ -165,15 +165,11 @@ def _conflict(listed: pd.DataFrame) -> str:
         )
     least, most = groups[0].iloc[0], groups[-1].iloc[0]
     differ = [key for key in ("episodes", "n_query") if least[key] != most[key]]
-    ways = ["select with runs=[ID,...]"]
-    if listed["episodes"].nunique() > 1:
-        ways.insert(0, "select with episodes=N")
     if differ:
-        changes = " ".join(f"{key}={most[key]}" for key in differ)
-        again = f"python -m pipeline.evaluate run={least['run_id']} {changes}"
-        ways.insert(0, f"test alike with {again}")
+        changes = " ".join(f"{key}={most[key]}" for key in ["k_shot", *differ])
+        told.append(f"test alike with python -m pipeline.evaluate run={least['run_id']} {changes}")
     else:
-        told[-1] += "; the images or data.eval_seed are not the same"
-    return f"tested on different episodes, which cannot be ranked: {'; '.join(told)}; " + (
-        ", or ".join(ways)
-    )
+        told.append("the images or data.eval_seed are not the same")
+    by_length = "episodes=N or " if "episodes" in differ else ""
+    told.append(f"or select with {by_length}runs=[ID,...]")
+    return f"tested on different episodes, which cannot be ranked: {'; '.join(told)}"

@@ -182,7 +182,10 @@ def test_different_episodes_are_refused_with_a_way_on():
     assert line.startswith("blobs 5-way 1-shot, inductive: tested on different episodes, which")
     assert f"30 episodes of 15 queries a class (list bbbbbbbb) {b} (MatchingNet)" in line
     assert f"60 episodes of 15 queries a class (list aaaaaaaa) {a} (ProtoNet)" in line
-    assert f"test alike with python -m pipeline.evaluate run={b} episodes=60, or select" in line
+    assert (
+        f"test alike with python -m pipeline.evaluate run={b} k_shot=1 episodes=60; or select with episodes=N or runs=[ID,...]"
+        in line
+    )
     for chosen in ("episodes=60", f"runs=[{a}]"):
         (ranking,) = make(chosen)["rankings"]
         assert list(ranking.rows["label"]) == ["ProtoNet", "PixelCentroid"]
@@ -191,7 +194,9 @@ def test_different_episodes_are_refused_with_a_way_on():
 def test_other_images_under_one_name_are_refused_too():
     record()
     record(learner="MatchingNet", episode_list="b" * 16)
-    with pytest.raises(UserError, match=r"the images or data\.eval_seed are not the same; select"):
+    with pytest.raises(
+        UserError, match=r"the images or data\.eval_seed are not the same; or select with runs"
+    ):
         make()
 
 
