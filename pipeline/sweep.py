@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.train import quieten
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +36,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: for bad input, or if trials fail one after another.
     """
+    quieten()
     from pipeline.study import settings as reading
 
     settings = reading.read(cfg, overrides)

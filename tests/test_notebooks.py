@@ -24,7 +24,8 @@ def test_it_runs(path, runs_folder, monkeypatch):
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     shown = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    assert any("image/png" in out.get("data", {}) for out in shown)
+    pictures = {"image/png", "application/vnd.plotly.v1+json"}
+    assert any(pictures & out.get("data", {}).keys() for out in shown)
     assert not [out.text for out in shown if "Warning" in out.get("text", "")]
 
 

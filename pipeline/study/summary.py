@@ -30,12 +30,12 @@ def best_trials(study: Study) -> list[FrozenTrial]:
 
 
 def to_frame(study: Study, objectives: list[str]) -> "pd.DataFrame":
-    """One row a trial: number, state, value (a column each objective), params_KEY, seconds, run."""
+    """One row a trial: number, state, value (further objectives by name), params_KEY and facts."""
     import pandas as pd
 
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        names = objectives if len(objectives) > 1 else ["value"]
+        names = ["value", *objectives[1:]]
         values = dict(zip(names, trial.values or [None] * len(names), strict=True))
         took = trial.duration.total_seconds() if trial.duration else None
         rows.append(
@@ -83,12 +83,12 @@ def _history(study: Study, parent: Run) -> None:
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Share of each key in what makes the first objective vary; empty if trials are too few."""
+    """Share of each key in what makes the values vary; empty for few trials, or two objectives."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(study.directions) > 1:
+        return {}
     try:
-        return optuna.importance.get_param_importances(
-            study, target=(lambda t: t.values[0]) if len(study.directions) > 1 else None
-        ) if len(complete) > 2 else {}  # fmt: skip
+        return optuna.importance.get_param_importances(study) if len(complete) > 2 else {}
     except (ValueError, RuntimeError):  # all trials alike, or each of another shape
         return {}
 
