@@ -11,7 +11,16 @@ import psutil
 from benchmarks.harness import ROOT, machine
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-NAMES = ("meta_gradients", "protonet", "episodes", "evaluation", "processes", "memory", "peak")
+NAMES = (
+    "meta_gradients",
+    "protonet",
+    "episodes",
+    "evaluation",
+    "processes",
+    "memory",
+    "peak",
+    "stores",
+)
 HEADING = """# Measured
 
 Written by `make bench` (`python -m benchmarks.run_all`; one table: `python -m

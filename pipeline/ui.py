@@ -30,7 +30,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     experiments = client.search_experiments(order_by=["last_update_time DESC"])
     newest = next((e for e in experiments if e.name != "Default"), experiments[0])
     view = store.share_view(client, newest.experiment_id)
-    print(f"http://127.0.0.1:{cfg.port}/{view}", flush=True)
+    print(f"runs    http://127.0.0.1:{cfg.port}/{view}", flush=True)
+    print(f"charts  http://127.0.0.1:{cfg.port}/{view}{store.CHARTS}", flush=True)
     print("It answers in about ten seconds; Ctrl-C ends it.", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(cfg.port), "--workers", "1", "--backend-store-uri", uri]

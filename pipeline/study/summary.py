@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.study.live import brief
 from pipeline.study.settings import Settings
 from pipeline.study.worker import as_override
+from pipeline.tracking import store
 from pipeline.tracking.run import Run
 from pipeline.tracking.study import name_best
 
@@ -131,5 +132,9 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     if best:
         chosen = [as_override(k, v) for k, v in best[0].params.items()]
         print(shlex.join(["python", "-m", "pipeline.train", *settings.overrides, *chosen]))
-    print(f"workers were busy {100 * efficiency:.0f} % of the time; {parent.where()}")
+    print(f"workers were busy {100 * efficiency:.0f} % of the time")
+    print(parent.where())
+    uri = store.tracking_uri()
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    print(f"its trials: {server}/{store.children_view(parent.experiment_id, parent.run_id)}")
     print(f"optuna-dashboard {url}   (pip install optuna-dashboard) shows the study")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
@@ -138,6 +139,16 @@ def share_view(client: "MlflowClient", experiment: str) -> str:
     view = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": columns}
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
     return f"#/experiments/{experiment}/runs?viewStateShareKey={_VIEW}"
+
+
+CHARTS = "&compareRunsMode=CHART"
+"""Added to the path of a view: its runs as charts."""
+
+
+def children_view(experiment: str, parent: str) -> str:
+    """The path of the runs below a parent in MLflow's UI, whose table folds them away."""
+    wanted = quote(f"tags.mlflow.parentRunId = '{parent}'")
+    return f"#/experiments/{experiment}/runs?searchFilter={wanted}"
 
 
 def existing(client: "MlflowClient", run_id: str) -> str:
