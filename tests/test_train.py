@@ -69,7 +69,12 @@ def test_a_run_leaves_what_a_user_needs(capsys):
         "checkpoints/last.ckpt", "figures/episode_glyphs_5w1s.png",
         "figures/classes_digits_5w5s.png",
     } <= files  # fmt: skip
+    kept = client.list_artifacts(result["run_id"], "episodes")
+    assert len(kept) == 4  # two sets at 1 and 5 shots, each on its own list
     table = stored_table(client, result["run_id"])
+    lists = {entry.path.rpartition("_")[2].removesuffix(".csv") for entry in kept}
+    assert lists == set(table["episode_list"])
+    assert set(table["backbone"]) == {"Conv4-8", ""}
     assert list(table["learner"]) == ["MAML", "PixelCentroid"] * 4
     assert set(table["data"]) == {"glyphs", "digits"}
     out = capsys.readouterr().out
