@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,14 +161,21 @@ def test_readme_commands_compose():
     """Every command line of the README fits the configuration it names."""
     from pipeline import config
     from pipeline.compose import compose_config
+    from pipeline.study import settings
 
-    lines = re.findall(
-        r"^ {4}python -m pipeline\.(train|evaluate|report) ?(.*)$", README, re.MULTILINE
-    )
-    assert len(lines) >= 6
+    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|report) ?(.*)$"
+    lines = re.findall(pattern, README, re.MULTILINE)
+    assert {command for command, _ in lines} == {"train", "sweep", "evaluate", "report"}
     for command, rest in lines:
-        cfg = compose_config(command, rest.split("#")[0].split())
-        (config.check if command == "train" else partial(config.check_root, command=command))(cfg)
+        overrides = rest.split("#")[0].split()
+        cfg = compose_config(command, overrides)
+        match command:
+            case "train":
+                config.check(cfg)
+            case "sweep":
+                settings.read(cfg, overrides)
+            case _:
+                config.check_root(cfg, command)
 
 
 def test_readme_tour_by_subprocess(shell):
