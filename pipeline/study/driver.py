@@ -87,7 +87,7 @@ class Driver:
         self.executor, self.job, self.parent, self.progress = executor, job, parent, progress
         self._mine: dict[int, float] = {}  # trials that were handed out, and when they were asked
         self._failures = 0
-        self._next_look = 0.0
+        self._next_look = self._next_beat = 0.0
         self._busy_seconds, self._begun = 0.0, begun
         self.efficiency = float("nan")  # seconds of trials over those that the workers were there
 
@@ -166,8 +166,10 @@ class Driver:
             return
         self._next_look = time.monotonic() + min(5.0, self.settings.cfg.heartbeat)
         trials = self._trials()
-        for number in self._mine:  # the executor says when one is lost; it may wait in a queue, or
-            self.storage.record_heartbeat(trials[number]._trial_id)  # the machine have slept
+        if time.monotonic() > self._next_beat:  # the executor says when one of ours is lost: it may
+            for number in self._mine:  # wait in a queue, or the machine have slept
+                self.storage.record_heartbeat(trials[number]._trial_id)
+            self._next_beat = time.monotonic() + self.settings.cfg.heartbeat
         lost = kept.lost_here([t for t in trials if t.number not in self._mine])
         for number in lost:
             kept.requeue(self.storage, self.study, number, self.settings.cfg.attempts)
