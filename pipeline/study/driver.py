@@ -125,6 +125,7 @@ class Driver:
     def _hand_out(self) -> None:
         """Ask for a trial and start it; one that waits goes on with the run that it had."""
         trial = self.study.ask()
+        self._mine[trial.number] = time.monotonic()
         self.storage.set_trial_user_attr(trial._trial_id, "process", kept.this_process())
         self.storage.record_heartbeat(trial._trial_id)
         values = suggest(trial, self.settings.space, self.settings.cfg)
@@ -133,8 +134,8 @@ class Driver:
         ]
         if counted.index(trial.number) >= self.settings.cfg.n_trials:  # another driver was first
             self.study.tell(trial.number, state=TrialState.FAIL)
+            del self._mine[trial.number]
             return
-        self._mine[trial.number] = time.monotonic()
         self.executor.submit(self.job._replace(trial=trial.number, values=[values]))
 
     def _take(self, reply: Reply) -> None:
@@ -173,10 +174,8 @@ class Driver:
         lost = kept.lost_here([t for t in trials if t.number not in self._mine])
         for number in lost:
             kept.requeue(self.storage, self.study, number, self.settings.cfg.attempts)
-        before = {t.number for t in trials if t.state == TrialState.RUNNING}
         fail_stale_trials(self.study)
-        now = {t.number for t in self._trials() if t.state == TrialState.RUNNING}
-        if before - now:
+        if len(self._trials()) > len(trials):  # some wait again
             self._close_dead()
 
     def _close_dead(self, others: bool = False) -> None:
@@ -186,8 +185,9 @@ class Driver:
     def stop(self) -> None:
         """End the workers, take note of what they handed back, leave no run open."""
         self.executor.close()
-        for number in kept.lost_here(self._trials()):
-            kept.requeue(self.storage, self.study, number)
+        for trial in self._trials():
+            if trial.number in self._mine and trial.state == TrialState.RUNNING:
+                kept.requeue(self.storage, self.study, trial.number)
         self._close_dead(others=True)
 
 
