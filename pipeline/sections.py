@@ -84,7 +84,7 @@ def _curves(
         for ranking in rankings
         for row in ranking.rows.itertuples()
         for run_id in row.runs.split()
-        if row.mark != "floor"
+        if row.label != FLOOR  # untrained, it stands with the curves of no run
     }
 
     def lines(metric: str) -> list[tuple[str, str, pd.Series]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import report
+from pipeline import report, sections
 from pipeline.compose import compose_config
 from pipeline.errors import UserError
 from pipeline.paired import compare
@@ -327,6 +327,25 @@ def test_a_sweep_is_drawn_and_its_trials_are_not_ranked(tmp_path):
     winner = record(tags={"study": "s"})
     (ranking,) = make("study=s")["rankings"]
     assert by_label(ranking).loc["ProtoNet", "runs"] == winner
+
+
+def test_every_curve_is_that_of_its_learner(monkeypatch):
+    drawn = {}
+    draw = sections.curves_figure
+    monkeypatch.setattr(
+        sections, "curves_figure", lambda panels, *rest: drawn.update(panels) or draw(panels, *rest)
+    )
+    for seed in range(2):
+        record(seed=seed)
+    record(learner="MatchingNet", accuracy=0.7)
+    make()
+    assert drawn.keys() == {"val/acc", "train/loss"}
+    lines = {(label, name): list(values) for label, name, values in drawn["val/acc"]}
+    assert lines == {
+        ("ProtoNet", "ProtoNet 0"): pytest.approx([0.7, 0.75]),
+        ("ProtoNet", "ProtoNet 1"): pytest.approx([0.7, 0.75]),
+        ("MatchingNet", "MatchingNet 0"): pytest.approx([0.6, 0.65]),
+    }
 
 
 def test_what_is_left_by_filters():
