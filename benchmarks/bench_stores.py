@@ -112,7 +112,7 @@ def grown(folder: Path) -> list[list[object]]:
         ask.append(f"{1000 * min(seconds(suggest) for _ in range(3)):.0f}")
         looks = [seconds(lambda study=study: study.get_trials(deepcopy=False)) for _ in range(3)]
         look.append(f"{1000 * min(looks):.0f}")
-        storage.close(study._storage._backend)
+        study._storage._backend.engine.dispose()
     return [ask, look]
 
 
@@ -130,7 +130,7 @@ def main() -> str:
         if given := os.environ.get("BENCH_POSTGRES"):
             urls["PostgreSQL"] = given
         for kind, url in urls.items():
-            storage.close(made(url, folder)._storage._backend)
+            made(url, folder)._storage._backend.engine.dispose()
             row: list[object] = [f"Optuna in {kind}, a trial, ms"]
             for n in WRITERS:
                 each = [{"url": url, "seed": i} for i in range(n)]

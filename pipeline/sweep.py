@@ -14,6 +14,7 @@ from pipeline.train import quieten
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from optuna.storages import RDBStorage
     from optuna.study import Study
 
     from pipeline.study.driver import Driver, Executor
@@ -41,12 +42,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     settings = reading.read(cfg, overrides)
     from pipeline.study import storage as kept
-    from pipeline.study.driver import Driver, carry_out, default_job
-    from pipeline.study.live import Progress
     from pipeline.study.search import make_study
-    from pipeline.study.summary import best_trials, print_best, summarise
+    from pipeline.study.summary import best_trials, print_best
     from pipeline.tracking import store
-    from pipeline.tracking.study import PARENT
+    from pipeline.tracking.run import existing_run
+    from pipeline.tracking.study import is_run
 
     store.connect()
     url = cfg.storage or kept.local_url(store.MLRUNS)
@@ -54,11 +54,41 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     storage = kept.open_storage(url, cfg.heartbeat, cfg.attempts)
     study = make_study(settings, storage, reading.fingerprint(cfg, settings.space))
     logs = store.MLRUNS / "sweeps" / settings.name
+    with kept.closing(storage), kept.only_driver(url, settings.name, logs):
+        before = study.user_attrs.get("run_id")
+        if _is_done(cfg, study) and is_run(before):
+            with existing_run(before) as parent:
+                print_best(settings, study, url, parent, float("nan"))
+        else:
+            _work_on(settings, study, storage, url, logs)
+        best = next(iter(best_trials(study)), None)
+        return {
+            "study": settings.name,
+            "run_id": study.user_attrs["run_id"],
+            "best_value": best.values[0] if best else None,
+            "best_params": best.params if best else None,
+        }
+
+
+def _is_done(cfg: DictConfig, study: "Study") -> bool:
+    from pipeline.study.storage import FINISHED
+
+    return not cfg.retrain_best and len(study.get_trials(states=FINISHED)) >= cfg.n_trials
+
+
+def _work_on(
+    settings: "Settings", study: "Study", storage: "RDBStorage", url: str, logs: "Path"
+) -> None:
+    """Start workers, have them look at the settings, run trials until all have ended."""
+    from pipeline.study.driver import Driver, carry_out, default_job
+    from pipeline.study.live import Progress
+    from pipeline.study.summary import print_best, summarise
+    from pipeline.tracking.study import PARENT
+
+    cfg = settings.cfg
     job = default_job(settings, url, {"study": settings.name})
     steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
     with ExitStack() as stack:
-        stack.callback(kept.close, storage)
-        stack.enter_context(kept.only_driver(url, settings.name, logs))
         begun, executor = time.monotonic(), _make_executor(cfg, logs)
         stack.callback(executor.close)
         print(f"study {settings.name}: {cfg.n_trials} trials, {executor.slots} at once", flush=True)
@@ -79,13 +109,6 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             driver.stop()
             summarise(settings, study, parent, driver.efficiency)
         print_best(settings, study, url, parent, driver.efficiency)
-        best = next(iter(best_trials(study)), None)
-        return {
-            "study": settings.name,
-            "run_id": parent.run_id,
-            "best_value": best.values[0] if best else None,
-            "best_params": best.params if best else None,
-        }
 
 
 @contextmanager

@@ -95,8 +95,8 @@ def mlflow_server(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_postgresql_and_a_server_of_mlflow_with_three_workers(postgres, mlflow_server, capfd):
     overrides = [*TINY, "workers=3", "n_trials=6", f"storage={postgres}/optuna"]
     result = sweep.run(compose_config("sweep", overrides), overrides)
-    database = storage.open_storage(f"{postgres}/optuna", 15, 3)
-    trials = optuna.load_study(study_name=result["study"], storage=database).get_trials()
+    with storage.closing(storage.open_storage(f"{postgres}/optuna", 15, 3)) as database:
+        trials = optuna.load_study(study_name=result["study"], storage=database).get_trials()
     assert len(trials) == 6
     assert {t.state for t in trials} <= set(storage.FINISHED)
     runs = children(result["run_id"])
@@ -111,7 +111,6 @@ def test_postgresql_and_a_server_of_mlflow_with_three_workers(postgres, mlflow_s
     out = capfd.readouterr()
     assert "error" not in out.err
     assert "failed" not in out.out
-    storage.close(database)
 
 
 def test_two_drivers_share_a_study(postgres, monkeypatch, tmp_path):
@@ -134,7 +133,7 @@ def test_two_drivers_share_a_study(postgres, monkeypatch, tmp_path):
     assert sum(t.state in storage.FINISHED for t in trials) == 30
     assert not [t for t in trials if t.state in OPEN]
     for each in drivers:
-        storage.close(each.storage)
+        each.storage.engine.dispose()
 
 
 def test_ray_with_two_nodes_and_a_worker_killed(monkeypatch, tmp_path):

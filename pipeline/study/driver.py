@@ -116,6 +116,8 @@ class Driver:
                 self._take(reply)
 
     def _note_efficiency(self) -> None:
+        if not self._busy_seconds:
+            return  # there was nothing to do
         seconds = self.executor.slots * (time.monotonic() - self._begun)
         self.efficiency = self._busy_seconds / seconds
 

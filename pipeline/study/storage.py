@@ -42,19 +42,22 @@ def prepare(url: str, mlruns: Path) -> None:
     Raises:
         UserError: if it cannot be opened.
     """
-    if not url.startswith("sqlite:///"):
-        close(open_storage(url, 60, 1))
-        return
-    import sqlite3
-
     from filelock import FileLock
 
     with FileLock(mlruns / ".optuna.lock"):
-        close(open_storage(url, 60, 1))
-        with suppress(sqlite3.Error):  # a network disk cannot; slower, not wrong
-            connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=20)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
+        with closing(open_storage(url, 60, 1)):
+            pass
+        if url.startswith("sqlite:///"):
+            _write_ahead(url)
+
+
+def _write_ahead(url: str) -> None:
+    import sqlite3
+
+    with suppress(sqlite3.Error):  # a network disk cannot; slower, not wrong
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=20)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
 
 
 @contextmanager
@@ -113,10 +116,14 @@ def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
         raise UserError(f"storage: {url} cannot be opened ({reason})") from error
 
 
-def close(storage: RDBStorage) -> None:
-    """Give back its connections."""
-    storage.remove_session()
-    storage.engine.dispose()
+@contextmanager
+def closing(storage: RDBStorage) -> Iterator[RDBStorage]:
+    """Gives back its connections at the end of the block."""
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def trial_id(storage: RDBStorage, study: str, number: int) -> int:

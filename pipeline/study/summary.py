@@ -1,6 +1,7 @@
 """What came of a sweep: table, plots and best values, for its run and the terminal. Floor 5."""
 
 import json
+import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,8 @@ from rich.table import Table
 from pipeline.study.live import brief
 from pipeline.study.settings import Settings
 from pipeline.study.worker import as_override
-from pipeline.tracking import store
 from pipeline.tracking.run import Run
-from pipeline.tracking.study import name_best
+from pipeline.tracking.study import name_best, view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,8 @@ def summarise(settings: Settings, study: Study, parent: Run, efficiency: float) 
         name_best(parent, trial.params)
         numbers = dict(zip(objectives, trial.values, strict=True))
         parent.log_metrics({f"best/{k}": v for k, v in numbers.items()}, trial.number)
-    parent.log_metrics({"sweep/efficiency": efficiency}, len(frame))
+    if not math.isnan(efficiency):
+        parent.log_metrics({"sweep/efficiency": efficiency}, len(frame))
     overrides = [*settings.overrides, *(as_override(k, v) for k, v in best[0].params.items())]
     parent.log_text("\n".join(overrides) + "\n", "study/best_overrides.txt")
     _history(study, parent)
@@ -115,7 +116,11 @@ def _plots(settings: Settings, study: Study, importance: dict[str, float]) -> st
 
 
 def print_best(settings: Settings, study: Study, url: str, parent: Run, efficiency: float) -> None:
-    """The best trials, how to train and to look at them."""
+    """The best trials, how to train and to look at them.
+
+    Args:
+        efficiency: share of the time that the workers trained in; nan if they did not work now.
+    """
     objectives = list(settings.cfg.objectives)
     best = best_trials(study)
     if len(objectives) == 1:
@@ -132,9 +137,9 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     if best:
         chosen = [as_override(k, v) for k, v in best[0].params.items()]
         print(shlex.join(["python", "-m", "pipeline.train", *settings.overrides, *chosen]))
-    print(f"workers were busy {100 * efficiency:.0f} % of the time")
+    if not math.isnan(efficiency):
+        print(f"workers were busy {100 * efficiency:.0f} % of the time")
     print(parent.where())
-    uri = store.tracking_uri()
-    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    print(f"its trials: {server}/{store.children_view(parent.experiment_id, parent.run_id)}")
+    if address := view(parent, [each.key for each in settings.space]):
+        print(f"its trials: {address}")
     print(f"optuna-dashboard {url}   (pip install optuna-dashboard) shows the study")

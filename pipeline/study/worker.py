@@ -11,13 +11,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.compose import compose_config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from optuna.storages import RDBStorage
     from optuna.study import Study
 
 Reply = dict[str, Any]
@@ -117,39 +117,41 @@ def _trial(job: Job) -> Reply:
     from pipeline.study import storage as kept
     from pipeline.study.reports import Reports
     from pipeline.study.search import make_pruner
-    from pipeline.tracking.store import find_checkpoint
 
     assert job.trial is not None
-    storage = kept.open_storage(job.storage, job.heartbeat, 1)
     pruner = make_pruner(job.pruner, *job.resources)
     sampler = optuna.samplers.RandomSampler()  # values are given: nothing is sampled here
-    study = optuna.load_study(study_name=job.study, storage=storage, sampler=sampler, pruner=pruner)
-    trial = kept.trial_id(storage, job.study, job.trial)
-    storage.set_trial_user_attr(trial, "process", kept.this_process())
-    reports = Reports(study, storage, trial, pruner, job.pruner == "wilcoxon", job.objectives)
-    run_id = storage.get_trial(trial).user_attrs.get("run_id")
-    try:
-        with kept.heartbeats(storage, trial):
-            try:
-                if run_id:
-                    find_checkpoint(run_id, "last")
-            except UserError:  # it stopped before the first one
-                run_id = None
-            return _run_trial(job, run_id, reports, study, storage)
-    except KeyboardInterrupt:
-        kept.requeue(storage, study, job.trial)
-        raise
-    except Exception as error:
-        storage.set_trial_user_attr(trial, "error", str(error)[:500])
-        study.tell(job.trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-        raise
-    finally:
-        kept.close(storage)
+    with kept.closing(kept.open_storage(job.storage, job.heartbeat, 1)) as storage:
+        study = optuna.load_study(
+            study_name=job.study, storage=storage, sampler=sampler, pruner=pruner
+        )
+        trial = kept.trial_id(storage, job.study, job.trial)
+        storage.set_trial_user_attr(trial, "process", kept.this_process())
+        run_id = storage.get_trial(trial).user_attrs.get("run_id")
+        reports = Reports(study, storage, trial, pruner, job.pruner == "wilcoxon", job.objectives)
+        try:
+            with kept.heartbeats(storage, trial):
+                return _run_trial(job, run_id if _can_go_on(run_id) else None, reports, study)
+        except KeyboardInterrupt:
+            kept.requeue(storage, study, job.trial)
+            raise
+        except Exception as error:
+            storage.set_trial_user_attr(trial, "error", str(error)[:500])
+            study.tell(job.trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            raise
 
 
-def _run_trial(
-    job: Job, run_id: str | None, reports: Any, study: "Study", storage: "RDBStorage"
-) -> Reply:
+def _can_go_on(run_id: str | None) -> bool:
+    """Whether a run got as far as its first checkpoint."""
+    from pipeline.tracking.store import find_checkpoint
+
+    if run_id:
+        with suppress(UserError):
+            return find_checkpoint(run_id, "last").exists()
+    return False
+
+
+def _run_trial(job: Job, run_id: str | None, reports: Any, study: "Study") -> Reply:
     from optuna.trial import TrialState
 
     from pipeline import train

@@ -5,12 +5,11 @@ import logging
 import os
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from pipeline.data.pool import PROJECT
 from pipeline.errors import UserError
@@ -126,29 +125,38 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
     return found.experiment_id
 
 
-def share_view(client: "MlflowClient", experiment: str) -> str:
-    """Save the columns that compare runs as a view of the runs table, which hides metrics.
-
-    Returns:
-        The path of the view in MLflow's UI.
-    """
-    columns = [
-        f"metrics.`{key}`" for key in ("test/acc", "test/acc_ci95", "test/floor_acc", "val/acc")
-    ]
-    columns += ["tags.`protocol`", "tags.`data`", "attributes.`Duration`"]
-    view = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": columns}
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
-    return f"#/experiments/{experiment}/runs?viewStateShareKey={_VIEW}"
-
-
+COLUMNS = ("metrics.`test/acc`", "metrics.`test/acc_ci95`", "metrics.`test/floor_acc`",
+           "metrics.`val/acc`", "tags.`protocol`", "tags.`data`",
+           "attributes.`Duration`")  # fmt: skip
 CHARTS = "&compareRunsMode=CHART"
 """Added to the path of a view: its runs as charts."""
 
 
-def children_view(experiment: str, parent: str) -> str:
-    """The path of the runs below a parent in MLflow's UI, whose table folds them away."""
-    wanted = quote(f"tags.mlflow.parentRunId = '{parent}'")
-    return f"#/experiments/{experiment}/runs?searchFilter={wanted}"
+def share_view(
+    client: "MlflowClient",
+    experiment: str,
+    key: str = _VIEW,
+    columns: Sequence[str] = COLUMNS,
+    unfolded: str | None = None,
+) -> str:
+    """Save columns that compare runs as a view of the runs table, which hides metrics.
+
+    Args:
+        key: of the view in the experiment.
+        unfolded: id of a run below which others stand; the table folds them away, and charts show
+            only what is not.
+
+    Returns:
+        The path of the view in MLflow's UI.
+    """
+    view = {
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "selectedColumns": list(columns),
+        "runsExpanded": {unfolded: True} if unfolded else {},
+    }
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={key}"
 
 
 def existing(client: "MlflowClient", run_id: str) -> str:

@@ -1,6 +1,6 @@
 """The runs of a sweep: a parent, and its trials as children."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -43,3 +43,22 @@ def name_best(parent: Run, values: dict[str, Any]) -> None:
     parent.set_tags(named)
     if not any(known.get(key, value) != value for key, value in named.items()):
         parent.log_values(named)
+
+
+def view(parent: Run, keys: Sequence[str]) -> str | None:
+    """The address of the trials in MLflow's UI, unfolded, with these parameters as columns.
+
+    Returns:
+        None if the store does not take it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    columns = ["metrics.`val/best_acc`", "tags.`optuna.state`", "attributes.`Duration`"]
+    columns += [f"params.`{key}`" for key in keys]
+    uri = store.tracking_uri()
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    with suppress(MlflowException):
+        client, key = store.connect(), f"study-{parent.run_id[:8]}"
+        path = store.share_view(client, parent.experiment_id, key, columns, parent.run_id)
+        return f"{server}/{path}{store.CHARTS}"
+    return None
