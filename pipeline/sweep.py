@@ -56,7 +56,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     logs = store.MLRUNS / "sweeps" / settings.name
     with kept.closing(storage), kept.only_driver(url, settings.name, logs):
         before = study.user_attrs.get("run_id")
-        if _is_done(cfg, study) and is_run(before):
+        if before and _is_done(cfg, study) and is_run(before):
             with existing_run(before) as parent:
                 print_best(settings, study, url, parent, float("nan"))
         else:

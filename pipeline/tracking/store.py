@@ -137,23 +137,25 @@ def share_view(
     experiment: str,
     key: str = _VIEW,
     columns: Sequence[str] = COLUMNS,
-    unfolded: str | None = None,
+    condition: str = "",
+    best: str = "attributes.start_time",
 ) -> str:
     """Save columns that compare runs as a view of the runs table, which hides metrics.
 
     Args:
         key: of the view in the experiment.
-        unfolded: id of a run below which others stand; the table folds them away, and charts show
-            only what is not.
+        condition: of the runs that are shown.
+        best: what they are ordered by, the highest first. Ordered by time, runs below a parent are
+            folded away, and charts leave out what is.
 
     Returns:
         The path of the view in MLflow's UI.
     """
     view = {
-        "orderByKey": "attributes.start_time",
+        "searchFilter": condition,
+        "orderByKey": best,
         "orderByAsc": False,
         "selectedColumns": list(columns),
-        "runsExpanded": {unfolded: True} if unfolded else {},
     }
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))
     return f"#/experiments/{experiment}/runs?viewStateShareKey={key}"

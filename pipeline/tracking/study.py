@@ -46,19 +46,25 @@ def name_best(parent: Run, values: dict[str, Any]) -> None:
 
 
 def view(parent: Run, keys: Sequence[str]) -> str | None:
-    """The address of the trials in MLflow's UI, unfolded, with these parameters as columns.
+    """The address of the trials in MLflow's UI, the best first, with these parameters as columns.
 
     Returns:
         None if the store does not take it.
     """
     from mlflow.exceptions import MlflowException
 
-    columns = ["metrics.`val/best_acc`", "tags.`optuna.state`", "attributes.`Duration`"]
-    columns += [f"params.`{key}`" for key in keys]
+    best = "metrics.`val/best_acc`"
+    columns = [
+        best,
+        "tags.`optuna.state`",
+        "attributes.`Duration`",
+        *(f"params.`{k}`" for k in keys),
+    ]
+    wanted = f"tags.mlflow.parentRunId = '{parent.run_id}'"
     uri = store.tracking_uri()
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     with suppress(MlflowException):
         client, key = store.connect(), f"study-{parent.run_id[:8]}"
-        path = store.share_view(client, parent.experiment_id, key, columns, parent.run_id)
+        path = store.share_view(client, parent.experiment_id, key, columns, wanted, best)
         return f"{server}/{path}{store.CHARTS}"
     return None
