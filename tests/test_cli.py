@@ -25,7 +25,13 @@ def shell(runs_folder, tmp_path):
         return subprocess.run(
             [sys.executable, "-m", *command.split()],
             cwd=tmp_path,
-            env={**os.environ, "PIPELINE_MLRUNS": str(runs_folder), "OMP_NUM_THREADS": "1", **env},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPO),
+                "PIPELINE_MLRUNS": str(runs_folder),
+                "OMP_NUM_THREADS": "1",
+                **env,
+            },
             capture_output=True,
             text=True,
             timeout=240,

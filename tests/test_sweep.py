@@ -12,6 +12,7 @@ import time
 from itertools import cycle
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import TrialState
 
@@ -29,6 +30,16 @@ LEARNERS = sorted(p.stem for p in (CONF / "learner").glob("*.yaml"))
 TRAINED = [
     name for name in LEARNERS if "optimizer" in compose_config("train", [f"learner={name}"]).learner
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_connection_stays(monkeypatch):
+    opened, real = [], storage.open_storage
+    monkeypatch.setattr(storage, "open_storage", lambda *a: opened.append(real(*a)) or opened[-1])
+    yield
+    for each in opened:
+        each.remove_session()
+        each.engine.dispose()
 
 
 def composed(*overrides: str) -> settings.Settings:
@@ -283,14 +294,14 @@ def test_a_trial_whose_process_is_gone_is_found(tmp_path):
     database = storage.open_storage(url, 60, 3)
     study = optuna.create_study(storage=database)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    import psutil
-
     here = storage.this_process()
     there = [here[0], child.pid, psutil.Process(child.pid).create_time()]
     for process in (here, there, ["elsewhere", 1, 0.0]):
         study.ask().set_user_attr("process", process)
     assert storage.lost_here(study.get_trials()) == []
     child.kill()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     assert storage.lost_here(study.get_trials()) == [1]  # a zombie is no worker
     child.communicate()
     assert storage.lost_here(study.get_trials()) == [1]
@@ -430,6 +441,7 @@ def test_kill_9_of_a_worker_and_of_the_driver(start):
     assert params["best.learner.optimizer.lr"] == best.data.params["learner.optimizer.lr"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(start):
     overrides = [*TINY, "n_trials=6", "pruner=median", "sampler=random", "data.val_episodes=30"]
     made = composed(*overrides)
