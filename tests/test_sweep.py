@@ -97,11 +97,17 @@ def test_space_on_the_command_line():
         ("resume=abc", "resume=abc: the same command goes on"),
         ("trainer.devices=2", "trainer.devices: found 2; each trial of a sweep has one device"),
         ("objectives=[test/acc]", "objectives: found "),
+        ("study=a/b", "study: found 'a/b'; String should match"),
     ],
 )
 def test_bad_settings_are_named(override, line):
     with pytest.raises(UserError, match=line):
         composed("learner=maml", override)
+
+
+def test_a_grid_has_as_many_trials_as_points():
+    with pytest.raises(UserError, match="n_trials: found 76; the grid of this space has 75"):
+        composed("learner=maml", "sampler=grid", "n_trials=76")
 
 
 def test_a_condition_decides_whether_a_dimension_takes_part():

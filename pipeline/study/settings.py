@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -88,6 +89,10 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     ]
     if cfg.sampler == "grid" and any(each.when for each in space):
         problems.append("sampler: grid takes no dimension with `when`")
+    elif cfg.sampler == "grid" and not problems:
+        size = math.prod(len(each.grid()) for each in space)
+        if cfg.n_trials > size:
+            problems.append(f"n_trials: found {cfg.n_trials}; the grid of this space has {size}")
     if len(cfg.objectives) > 1 and cfg.retrain_best:
         problems.append("retrain_best: with several objectives there is no one best")
     if problems:
