@@ -6,6 +6,8 @@ Imports nothing heavy.
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -57,3 +59,19 @@ def end_others(trainer: "pl.Trainer") -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     started.clear()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM while things are brought to their end."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(each, signal.SIG_IGN) for each in signals]
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.processes import uninterrupted
 from pipeline.train import quieten
 
 if TYPE_CHECKING:
@@ -106,8 +107,9 @@ def _work_on(
             progress.say("stopping; the same command goes on, trials from their checkpoints")
             raise
         finally:
-            driver.stop()
-            summarise(settings, study, parent, driver.efficiency)
+            with uninterrupted():  # for at most two minutes
+                driver.stop()
+                summarise(settings, study, parent, driver.efficiency)
         print_best(settings, study, url, parent, driver.efficiency)
 
 

@@ -89,14 +89,21 @@ def test_space_on_the_command_line():
         ("space.learner.inner_lr.low=3", "space.learner.inner_lr: found .*; needs low <= high"),
         ("space.learner.inner_lr.low=x", "space.learner.inner_lr.low: found x; Input should be a"),
         ("+space.learner.inner_lr.lo=1", "space.learner.inner_lr.lo: found 1; Extra inputs"),
-        ("+space.learner.typo={low:1,high:2}", r"space.learner.typo: no such key in the config"),
+        (
+            "+space.learner.typo={low:1,high:2}",
+            "space.learner.typo: no key learner.typo in the conf",
+        ),
+        (
+            "+space.data.k_shot={choices:[1],when:{learner.typo:1}}",
+            "space.data.k_shot.when: no key",
+        ),
         ("space.learner.inner_lr=0.1", "space.learner.inner_lr: found 0.1; needs low and high, or"),
         ("n_trials=0", "n_trials: found 0; Input should be greater than or equal to 1"),
         ("sampler=best", "sampler: found 'best'; Input should be 'tpe', 'gp'"),
         ("test=true", "test=true: a trial is never tested"),
         ("resume=abc", "resume=abc: the same command goes on"),
         ("trainer.devices=2", "trainer.devices: found 2; each trial of a sweep has one device"),
-        ("objectives=[test/acc]", "objectives: found "),
+        ("objectives=[adapt_seconds]", r"objectives: found .*; allowed are \[val/acc\] and"),
         ("study=a/b", "study: found 'a/b'; String should match"),
     ],
 )
@@ -122,6 +129,13 @@ def test_a_condition_decides_whether_a_dimension_takes_part():
     assert {"learner.inner_lr"} & set().union(*drawn) == set()  # adapted is "all" here
     for values in drawn:
         assert ("learner.inner_steps" in values) == values["learner.first_order"]
+
+
+def test_a_rate_between_whole_numbers_is_a_rate():
+    ends = ["space.learner.inner_lr.low=1", "space.learner.inner_lr.high=3"]
+    assert composed("learner=maml", *ends).space[0].low == 1.0
+    assert not composed("learner=maml", *ends).space[0].whole
+    assert composed("learner=maml").space[2].whole  # inner_steps
 
 
 def test_grids_cover_their_range():
@@ -294,7 +308,7 @@ def test_failures_one_after_another_stop_a_sweep(tmp_path, no_runs, monkeypatch)
     assert sum(t.state == TrialState.FAIL for t in driver.study.get_trials()) >= 3
 
 
-def test_a_trial_whose_process_is_gone_is_found(tmp_path):
+def test_a_trial_whose_process_is_gone_is_found(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path}/optuna.db"
     storage.prepare(url, tmp_path)
     database = storage.open_storage(url, 60, 3)
@@ -304,6 +318,7 @@ def test_a_trial_whose_process_is_gone_is_found(tmp_path):
     there = [here[0], child.pid, psutil.Process(child.pid).create_time()]
     for process in (here, there, ["elsewhere", 1, 0.0]):
         study.ask().set_user_attr("process", process)
+    study.ask()  # whose driver has not yet said that it is its own
     assert storage.lost_here(study.get_trials()) == []
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
@@ -311,6 +326,8 @@ def test_a_trial_whose_process_is_gone_is_found(tmp_path):
     assert storage.lost_here(study.get_trials()) == [1]  # a zombie is no worker
     child.communicate()
     assert storage.lost_here(study.get_trials()) == [1]
+    monkeypatch.setattr(storage, "ASKING_SECONDS", 0)
+    assert storage.lost_here(study.get_trials()) == [1, 3]
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
@@ -488,7 +505,7 @@ def test_bad_values_are_found_before_a_trial_starts(runs_folder):
     (line,) = str(error.value).splitlines()
     assert (
         line
-        == "learner.optimizer.lr: found -1; must be greater than 0 (space.learner.optimizer.lr)"
+        == "learner.optimizer.lr: found -1.0; must be greater than 0 (space.learner.optimizer.lr)"
     )
     client = store.connect()
     assert not client.search_runs([e.experiment_id for e in client.search_experiments()])

@@ -96,6 +96,8 @@ class RayExecutor:
 
     def close(self) -> None:
         """Interrupt what runs and leave the cluster."""
+        if not self._ray.is_initialized():
+            return
         for ref in self._jobs:
             self._ray.cancel(ref, force=False)
         with suppress(self._ray.exceptions.RayError):

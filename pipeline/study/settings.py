@@ -26,7 +26,7 @@ KEYS: dict[str, Any] = {
     "study": Annotated[str, StringConstraints(pattern=r"^[\w.\-]+$")] | None,  # names a folder
     "sampler": Literal["tpe", "gp", "random", "grid", "qmc"],
     "pruner": Literal["hyperband", "median", "wilcoxon", "none"],
-    "objectives": Annotated[list[Literal["val/acc", "adapt_seconds"]], MinLen(1)],
+    "objectives": list[str],
     "heartbeat": Positive,
     "attempts": Positive,
     "retrain_best": bool,
@@ -34,6 +34,7 @@ KEYS: dict[str, Any] = {
 }
 _ITS_OWN = {"resume": "the same command goes on with a sweep", "run_name": "a trial has a number",
             "test": "a trial is never tested; retrain_best=true tests the best"}  # fmt: skip
+_OBJECTIVES = (["val/acc"], ["val/acc", "adapt_seconds"])
 _NAMING = ("sampler", "pruner", "objectives")
 """Settings that make it another study; the others only say how it is carried out."""
 
@@ -69,6 +70,9 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         for key, annotation in KEYS.items()
         if (problem := value_problem(cfg[key], annotation))
     ]
+    if list(cfg.objectives or []) not in _OBJECTIVES:
+        allowed = " and ".join(f"[{','.join(each)}]" for each in _OBJECTIVES)
+        problems.append(f"objectives: found {plain(cfg.objectives)}; allowed are {allowed}")
     theirs = [o for o in overrides if _root(o) not in {*KEYS, "space"}]
     problems += [f"{o}: {_ITS_OWN[_root(o)]}" for o in theirs if _root(o) in _ITS_OWN]
     if cfg.trainer.get("devices", 1) != 1:
@@ -79,13 +83,15 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         problems.append(f"learner: {label} has nothing to train, so nothing to search")
     space: list[Dimension] = []
     try:
-        space = dimensions(cfg.space)
+        space = dimensions(cfg.space, cfg)
     except UserError as error:
         problems += str(error).splitlines()
+    named = [(f"space.{each.key}", each.key) for each in space]
+    named += [(f"space.{each.key}.when", key) for each in space for key in each.when]
     problems += [
-        f"space.{each.key}: no such key in the configuration; + adds it: +{each.key}=VALUE"
-        for each in space
-        if OmegaConf.select(cfg, each.key) is None and "." in each.key
+        f"{where}: no key {key} in the configuration; + adds it: +{key}=VALUE"
+        for where, key in named
+        if not _has(cfg, key)
     ]
     if cfg.sampler == "grid" and any(each.when for each in space):
         problems.append("sampler: grid takes no dimension with `when`")
@@ -98,6 +104,12 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     if problems:
         raise UserError("\n".join(problems))
     return Settings(cfg, theirs, space, cfg.study or _name(cfg, space))
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return isinstance(node, DictConfig) and name in node
 
 
 def _root(override: str) -> str:

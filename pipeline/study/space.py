@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str | None
 GRID_POINTS = 5
+_NUMBERS = ("low", "high", "step")
 
 
 class Dimension(BaseModel):
@@ -96,8 +97,10 @@ class Dimension(BaseModel):
         )
 
 
-def dimensions(space: DictConfig) -> list[Dimension]:
+def dimensions(space: DictConfig, cfg: DictConfig) -> list[Dimension]:
     """The dimensions of a `space` node, whose keys are those of the configuration.
+
+    A range of whole numbers is one of rates where the configuration has a rate.
 
     Raises:
         UserError: one line for each that cannot be read, or if there is none.
@@ -106,6 +109,9 @@ def dimensions(space: DictConfig) -> list[Dimension]:
     problems = []
     for key, node in _leaves(space, ""):
         try:
+            if isinstance(OmegaConf.select(cfg, key), float):
+                node = {k: float(v) if k in _NUMBERS and type(v) is int else v
+                        for k, v in node.items()}  # fmt: skip
             found.append(Dimension(key=key, **node))
         except ValidationError as error:
             for each in error.errors():
@@ -114,7 +120,7 @@ def dimensions(space: DictConfig) -> list[Dimension]:
                 problems.append(
                     f"{where}: found {given}; {each['msg'].removeprefix('Value error, ')}"
                 )
-        except TypeError:
+        except (TypeError, AttributeError):
             problems.append(f"space.{key}: found {node}; needs low and high, or choices")
     if not found and not problems:
         problems = ["space: nothing to search; add +space.KEY={low:...,high:...} for a key of "

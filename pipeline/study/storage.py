@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 SILENT_BEATS = 4  # missed ones after which a trial is lost
+ASKING_SECONDS = 30  # a driver takes at most to say that a trial is its own
 _BROKEN = (ImportError, OSError, ValueError)
 
 
@@ -168,11 +170,18 @@ def this_process() -> list[Any]:
 
 
 def lost_here(trials: Sequence[FrozenTrial]) -> list[int]:
-    """Numbers of running trials whose process was on this machine and is gone."""
+    """Numbers of running trials whose process was on this machine and is gone.
+
+    And of those that have none, as a driver died that was asking for them.
+    """
     lost = []
-    for trial in trials:
+    for trial in (t for t in trials if t.state == TrialState.RUNNING):
         host, pid, start = trial.user_attrs.get("process", ["", 0, 0.0])
-        if trial.state != TrialState.RUNNING or host != socket.gethostname():
+        if not host and trial.datetime_start:
+            if (datetime.now() - trial.datetime_start).total_seconds() > ASKING_SECONDS:
+                lost.append(trial.number)
+            continue
+        if host != socket.gethostname():
             continue
         try:
             process = psutil.Process(pid)
