@@ -75,3 +75,22 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM during the block interrupt at its end."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    try:
+        before = [signal.signal(each, lambda number, _: came.append(number)) for each in signals]
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+    if came:
+        raise KeyboardInterrupt

@@ -47,7 +47,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.study.summary import best_trials, print_best
     from pipeline.tracking import store
     from pipeline.tracking.run import existing_run
-    from pipeline.tracking.study import is_run
+    from pipeline.tracking.study import status
 
     store.connect()
     url = cfg.storage or kept.local_url(store.MLRUNS)
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     logs = store.MLRUNS / "sweeps" / settings.name
     with kept.closing(storage), kept.only_driver(url, settings.name, logs):
         before = study.user_attrs.get("run_id")
-        if before and _is_done(cfg, study) and is_run(before):
+        if before and _is_done(cfg, study) and status(before) == "FINISHED":
             with existing_run(before) as parent:
                 print_best(settings, study, url, parent, float("nan"))
         else:
@@ -77,6 +77,14 @@ def _is_done(cfg: DictConfig, study: "Study") -> bool:
     return not cfg.retrain_best and len(study.get_trials(states=FINISHED)) >= cfg.n_trials
 
 
+def _left(cfg: DictConfig, study: "Study") -> int:
+    """Trainings that may run side by side, at least one."""
+    from pipeline.study.storage import FINISHED
+
+    trials = cfg.n_trials - len(study.get_trials(states=FINISHED))
+    return max(1, trials, cfg.retrain_seeds if cfg.retrain_best else 1)
+
+
 def _work_on(
     settings: "Settings", study: "Study", storage: "RDBStorage", url: str, logs: "Path"
 ) -> None:
@@ -90,7 +98,7 @@ def _work_on(
     job = default_job(settings, url, {"study": settings.name})
     steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
     with ExitStack() as stack:
-        begun, executor = time.monotonic(), _make_executor(cfg, logs)
+        begun, executor = time.monotonic(), _make_executor(cfg, logs, _left(cfg, study))
         stack.callback(executor.close)
         print(f"study {settings.name}: {cfg.n_trials} trials, {executor.slots} at once", flush=True)
         print(f"what they print is in {logs}", flush=True)
@@ -107,7 +115,7 @@ def _work_on(
             progress.say("stopping; the same command goes on, trials from their checkpoints")
             raise
         finally:
-            with uninterrupted():  # for at most two minutes
+            with uninterrupted():  # workers get two minutes
                 driver.stop()
                 summarise(settings, study, parent, driver.efficiency)
         print_best(settings, study, url, parent, driver.efficiency)
@@ -117,13 +125,16 @@ def _work_on(
 def _parent_run(settings: "Settings", study: "Study", url: str) -> "Iterator[Run]":
     """The run of the study, a new one or the one that it had."""
     from pipeline.study.settings import shown
+    from pipeline.study.storage import shown_url
     from pipeline.tracking.run import tracked_run
-    from pipeline.tracking.study import is_run
+    from pipeline.tracking.study import status
 
-    tags = {"study": settings.name, "storage": _without_password(url)}
+    tags = {"study": settings.name, "storage": shown_url(url)}
     known = study.user_attrs.get("run_id")
-    known = known if is_run(known) else None
-    run = tracked_run(settings.cfg.experiment_name, settings.name, shown(settings), tags, known)
+    known = known if status(known) else None
+    run = tracked_run(
+        settings.cfg.experiment_name, settings.name, shown(settings, url), tags, known
+    )
     with run as parent:
         study.set_user_attr("run_id", parent.run_id)
         yield parent
@@ -135,7 +146,7 @@ def _checking(job: "Job", settings: "Settings") -> "Job":
     return job._replace(kind="check", values=[{}, *corners(settings.space)])
 
 
-def _make_executor(cfg: DictConfig, logs: "Path") -> "Executor":
+def _make_executor(cfg: DictConfig, logs: "Path", most: int) -> "Executor":
     use_gpus = cfg.trainer.accelerator in ("auto", "gpu", "cuda")
     if cfg.executor == "ray":
         from pipeline.study.ray import RayExecutor
@@ -152,8 +163,7 @@ def _make_executor(cfg: DictConfig, logs: "Path") -> "Executor":
         return SlurmExecutor(logs, cfg.workers, parameters)
     from pipeline.study.local import LocalExecutor, environments
 
-    places = environments(cfg.workers, cfg.workers_per_gpu, use_gpus)
-    return LocalExecutor(places[: cfg.n_trials], logs)
+    return LocalExecutor(environments(cfg.workers, cfg.workers_per_gpu, use_gpus, most), logs)
 
 
 def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
@@ -183,11 +193,6 @@ def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
         study.set_user_attr("retrained", {what: done})
         driver.progress.say(f"best values, seed {seed}: test/acc {result['test/acc']:.4f} ± "
                             f"{result['test/acc_ci95']:.4f}, run {result['run_id']}")  # fmt: skip
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.rpartition(':')[0]}:***@{tail}" if at else url
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from itertools import cycle
+from types import SimpleNamespace
 
 import optuna
 import psutil
@@ -104,6 +105,7 @@ def test_space_on_the_command_line():
         ("resume=abc", "resume=abc: the same command goes on"),
         ("trainer.devices=2", "trainer.devices: found 2; each trial of a sweep has one device"),
         ("objectives=[adapt_seconds]", r"objectives: found .*; allowed are \[val/acc\] and"),
+        ("objectives=null", "objectives: found None; allowed are"),
         ("study=a/b", "study: found 'a/b'; String should match"),
     ],
 )
@@ -157,13 +159,15 @@ def test_a_study_is_named_by_what_makes_it():
 def test_places_of_workers(monkeypatch):
     monkeypatch.setattr(local, "cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    both = local.environments("auto", 2, use_gpus=True)
+    both = local.environments("auto", 2, True, most=9)
     assert [e["CUDA_VISIBLE_DEVICES"] for e in both] == ["2", "2", "5", "5"]
     assert {e["OMP_NUM_THREADS"] for e in both} == {"2"}
     with pytest.raises(UserError, match="workers: found 5; 2 GPUs with workers_per_gpu=2 take 4"):
-        local.environments(5, 2, use_gpus=True)
-    cpu = local.environments(4, 1, use_gpus=False)
+        local.environments(5, 2, True, most=9)
+    cpu = local.environments(4, 1, False, most=9)
     assert [(e["CUDA_VISIBLE_DEVICES"], e["OMP_NUM_THREADS"]) for e in cpu] == [("", "2")] * 4
+    few = local.environments(4, 1, False, most=2)
+    assert [e["OMP_NUM_THREADS"] for e in few] == ["4"] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert local.gpus() == []
 
@@ -319,15 +323,44 @@ def test_a_trial_whose_process_is_gone_is_found(tmp_path, monkeypatch):
     for process in (here, there, ["elsewhere", 1, 0.0]):
         study.ask().set_user_attr("process", process)
     study.ask()  # whose driver has not yet said that it is its own
-    assert storage.lost_here(study.get_trials()) == []
+    assert storage.lost_here(study.get_trials(), sole=False) == []
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert storage.lost_here(study.get_trials()) == [1]  # a zombie is no worker
+    assert storage.lost_here(study.get_trials(), sole=False) == [1]  # a zombie is no worker
     child.communicate()
-    assert storage.lost_here(study.get_trials()) == [1]
+    assert storage.lost_here(study.get_trials(), sole=False) == [1]
+    assert storage.lost_here(study.get_trials(), sole=True) == [1, 3]
     monkeypatch.setattr(storage, "ASKING_SECONDS", 0)
-    assert storage.lost_here(study.get_trials()) == [1, 3]
+    assert storage.lost_here(study.get_trials(), sole=False) == [1, 3]
+
+
+def test_workers_that_die_at_work_are_replaced_and_those_that_cannot_start_are_told(
+    monkeypatch, tmp_path
+):
+    def stub(env, log, told):
+        return SimpleNamespace(env=env, log=log, job=None, is_ready=False, is_leaving=False)
+
+    monkeypatch.setattr(local, "Worker", stub)
+    executor = local.LocalExecutor([{}], tmp_path)
+    job = default_job(composed("learner=maml"), "sqlite:///x", {})._replace(trial=7)
+    for _ in range(4):  # one after another, each in the middle of a trial
+        worker = executor.workers[0]
+        assert executor._taken(worker, {"ready": 1}) is None
+        worker.job = job
+        assert executor._taken(worker, None)["state"] == "lost"
+    worker = executor.workers[0]
+    executor._taken(worker, {"ready": 1})
+    worker.job = job
+    executor._taken(worker, {"trial": 7, "state": "interrupted"})
+    assert worker.is_leaving  # takes no job while it ends
+    assert executor._taken(worker, None) is None
+    assert executor.workers[0] is not worker
+    (tmp_path / "worker-0.log").write_text("ImportError: no torch\n")
+    for _ in range(2):
+        executor._taken(executor.workers[0], None)
+    with pytest.raises(UserError, match=r"they end at once; .* is: ImportError: no torch"):
+        executor._taken(executor.workers[0], None)
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
@@ -337,8 +370,20 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
     first = composed("learner=maml", "study=mine")
     search.make_study(first, database, settings.fingerprint(first.cfg, first.space))
     other = composed("learner=anil", "study=mine")
+    search.make_study(other, database, "typed wrongly, as long as there is no trial")
+    search.make_study(first, database, settings.fingerprint(first.cfg, first.space)).ask()
     with pytest.raises(UserError, match="study: 'mine' was made with other settings"):
         search.make_study(other, database, settings.fingerprint(other.cfg, other.space))
+
+
+def test_passwords_are_not_shown(tmp_path):
+    url = "postgresql+psycopg://me:secret@nowhere.invalid/db"
+    made = composed("learner=maml", f"storage={url}")
+    assert "secret" not in str(settings.shown(made, url))
+    assert storage.shown_url("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+    with pytest.raises(UserError, match=r"storage: postgresql.*me:\*\*\*@nowhere") as error:
+        storage.open_storage(url.replace("psycopg", "nodriver"), 60, 3)
+    assert "secret" not in str(error.value)
 
 
 def test_a_storage_that_cannot_be_opened():
@@ -495,6 +540,9 @@ def test_ctrl_c_stops_cleanly_and_pruned_runs_are_no_failures(start):
         assert run.data.tags["optuna.state"] == "PRUNED"
         assert trial.last_step < 60
     assert result["best_value"] == max(t.value for t in found if t.state == TrialState.COMPLETE)
+    store.connect().update_run(parent, "RUNNING")  # as if it had been killed at its end
+    assert sweep.run(made.cfg, overrides) == result
+    assert store.connect().get_run(parent).info.status == "FINISHED"
 
 
 def test_bad_values_are_found_before_a_trial_starts(runs_folder):

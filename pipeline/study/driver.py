@@ -13,6 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
+from pipeline.processes import deferred_interrupts
 from pipeline.study import storage as kept
 from pipeline.study.live import Progress
 from pipeline.study.settings import Settings
@@ -87,6 +88,7 @@ class Driver:
         self.executor, self.job, self.parent, self.progress = executor, job, parent, progress
         self._mine: dict[int, float] = {}  # trials that were handed out, and when they were asked
         self._failures = 0
+        self._sole = job.storage.startswith("sqlite")  # see only_driver
         self._next_look = self._next_beat = 0.0
         self._busy_seconds, self._begun = 0.0, begun
         self.efficiency = float("nan")  # seconds of trials over those that the workers were there
@@ -111,7 +113,8 @@ class Driver:
                 self._note_efficiency()
                 return
             for _ in range(min(self.executor.free(), left - running)):
-                self._hand_out()
+                with deferred_interrupts():  # what is asked for is known as ours
+                    self._hand_out()
             for reply in self.executor.replies(0.5):
                 self._take(reply)
 
@@ -173,7 +176,8 @@ class Driver:
             for number in self._mine:  # wait in a queue, or the machine have slept
                 self.storage.record_heartbeat(trials[number]._trial_id)
             self._next_beat = time.monotonic() + self.settings.cfg.heartbeat
-        lost = kept.lost_here([t for t in trials if t.number not in self._mine])
+        theirs = [t for t in trials if t.number not in self._mine]
+        lost = kept.lost_here(theirs, self._sole)
         for number in lost:
             kept.requeue(self.storage, self.study, number, self.settings.cfg.attempts)
         fail_stale_trials(self.study)
@@ -190,7 +194,7 @@ class Driver:
         for trial in self._trials():
             if trial.number in self._mine and trial.state == TrialState.RUNNING:
                 kept.requeue(self.storage, self.study, trial.number)
-        self._close_dead(others=True)
+        self._close_dead(others=self._sole)
 
 
 def _because(reply: Reply) -> str:

@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -18,8 +19,8 @@ from pipeline.study.worker import Job, Reply
 from pipeline.tracking import store
 
 MEMORY = 2 * 2**30  # bytes that a worker on a CPU may take
-PATIENCE = 120  # seconds for an interrupted training to upload its checkpoints
-MOST_DEATHS = 3  # of workers that never answered
+PATIENCE = 120  # seconds for interrupted trainings to upload their checkpoints
+MOST_DEATHS = 3  # in a row, of workers that did not get as far as to be ready
 
 
 def gpus() -> list[str]:
@@ -44,12 +45,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environments(workers: int | str, workers_per_gpu: int, use_gpus: bool) -> list[dict[str, str]]:
+def environments(
+    workers: int | str, workers_per_gpu: int, use_gpus: bool, most: int
+) -> list[dict[str, str]]:
     """What each worker sees: one device, and its share of the threads.
 
     Args:
         workers: how many, or "auto": `workers_per_gpu` on each GPU, else one a core as far as
             memory goes.
+        most: jobs that there are.
 
     Raises:
         UserError: if there are more workers than GPUs take.
@@ -67,6 +71,7 @@ def environments(workers: int | str, workers_per_gpu: int, use_gpus: bool) -> li
         fit = max(1, int(psutil.virtual_memory().available // MEMORY))
         count = min(cores(), fit) if workers == "auto" else int(workers)
         places = [""] * count
+    count = min(count, most)
     threads = str(max(1, cores() // count))
     return [{"CUDA_VISIBLE_DEVICES": p, "OMP_NUM_THREADS": threads} for p in places[:count]]
 
@@ -83,7 +88,7 @@ class Worker:
     ) -> None:
         self.env, self.log = env, log
         self.job: Job | None = None
-        self.answered = False
+        self.is_ready = self.is_leaving = False
         here = {"PYTHONPATH": _path(), "PIPELINE_MLRUNS": str(store.MLRUNS)}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -112,9 +117,9 @@ class Worker:
             self._process.stdin.write(json.dumps(job._asdict()) + "\n")
 
     @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
+    def is_free(self) -> bool:
+        """Whether it would start a job at once."""
+        return self.job is None and not self.is_leaving
 
     def ask_to_end(self) -> None:
         """The end of its input interrupts what it does."""
@@ -122,10 +127,10 @@ class Worker:
         with suppress(OSError):
             self._process.stdin.close()
 
-    def end(self) -> None:
-        """Wait for its end; kill it if that takes too long."""
+    def end(self, seconds: float) -> None:
+        """Wait for its end; kill it if that takes longer."""
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._listener.join()  # reads to the end
@@ -155,11 +160,11 @@ class LocalExecutor:
 
     def free(self) -> int:
         """Jobs that would start at once."""
-        return sum(worker.job is None for worker in self.workers)
+        return sum(worker.is_free for worker in self.workers)
 
     def submit(self, job: Job) -> None:
         """Start a job on a free worker."""
-        next(worker for worker in self.workers if worker.job is None).send(job)
+        next(worker for worker in self.workers if worker.is_free).send(job)
 
     def replies(self, seconds: float) -> list[Reply]:
         """Those that have come, at the latest after so many seconds; "lost" for a dead worker."""
@@ -171,12 +176,14 @@ class LocalExecutor:
         return [reply for reply in got if reply]
 
     def _taken(self, worker: Worker, reply: Reply | None) -> Reply | None:
+        if reply and "ready" in reply:  # it has imported what it needs
+            worker.is_ready, self._deaths = True, 0
+            return None
         job, worker.job = worker.job, None
         if reply:
-            worker.answered = True
+            worker.is_leaving = reply["state"] == "interrupted"
             return reply
-        if not worker.answered:
-            self._deaths += 1
+        self._deaths += not worker.is_ready
         if self._deaths >= MOST_DEATHS:
             lines = worker.log.read_text(errors="replace").strip().splitlines() or ["nothing"]
             raise UserError(f"workers: they end at once; the last of {worker.log} is: {lines[-1]}")
@@ -188,8 +195,9 @@ class LocalExecutor:
         """End the workers; those that train are interrupted and hand their trials back."""
         for worker in self.workers:
             worker.ask_to_end()
+        until = time.monotonic() + PATIENCE
         for worker in self.workers:
-            worker.end()
+            worker.end(until - time.monotonic())
 
 
 def _path() -> str:

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pipeline.data.pool import PROJECT
@@ -44,6 +46,7 @@ class RayExecutor:
         except ImportError as error:
             raise UserError("executor: ray is not installed; pip install '.[ray]'") from error
         self._ray = ray
+        _answers(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": _environment(threads)},
                      log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
@@ -104,6 +107,28 @@ class RayExecutor:
             self._ray.wait(list(self._jobs), num_returns=max(1, len(self._jobs)), timeout=120)
         self._jobs = {}
         self._ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Ray itself tries for many minutes to reach a cluster that has died.
+
+    Raises:
+        UserError: if nothing listens at the address, or at the one that "auto" stands for.
+    """
+    if address == "auto":
+        noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        found = noted.read_text().strip() if noted.exists() else ""
+        address = os.environ.get("RAY_ADDRESS", found)
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return  # Ray says what it is
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"address: no Ray cluster answers at {address} ({error}); start one with `ray start "
+            "--head`"
+        ) from error
 
 
 def _task(job: dict[str, Any]) -> Reply:

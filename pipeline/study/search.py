@@ -1,5 +1,6 @@
 """How it is searched: the study with its sampler and its pruner. Floor 5."""
 
+import os
 import socket
 import zlib
 
@@ -29,12 +30,13 @@ def make_study(settings: Settings, storage: RDBStorage, fingerprint: str) -> Stu
         pruner=make_pruner(cfg.pruner, settings.steps_per_validation, cfg.trainer.max_steps),
     )  # fmt: skip
     stored = study.user_attrs.get("fingerprint")
-    if found and stored != fingerprint:
+    begun = found and bool(study.get_trials(deepcopy=False))
+    if begun and stored != fingerprint:
         raise UserError(
             f"study: {settings.name!r} was made with other settings ({stored}, now {fingerprint}); "
             "give another name, or none for one that is made of the settings"
         )
-    if not found:
+    if not begun:
         study.set_user_attr("fingerprint", fingerprint)
         study.set_user_attr("overrides", settings.overrides)
     study.sampler = make_sampler(settings, len(study.get_trials(deepcopy=False)))
@@ -48,7 +50,7 @@ def make_sampler(settings: Settings, drawn: int) -> optuna.samplers.BaseSampler:
         drawn: trials that there are: one that goes on must not draw the first values again.
     """
     cfg, samplers = settings.cfg, optuna.samplers
-    where = socket.gethostname() if cfg.storage else ""  # drivers on several machines
+    where = f"{socket.gethostname()} {os.getpid()}" if cfg.storage else ""  # one of several drivers
     seed = zlib.crc32(f"{cfg.seed} {drawn} {where}".encode())
     match cfg.sampler:
         case "tpe":

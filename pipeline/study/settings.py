@@ -26,7 +26,7 @@ KEYS: dict[str, Any] = {
     "study": Annotated[str, StringConstraints(pattern=r"^[\w.\-]+$")] | None,  # names a folder
     "sampler": Literal["tpe", "gp", "random", "grid", "qmc"],
     "pruner": Literal["hyperband", "median", "wilcoxon", "none"],
-    "objectives": list[str],
+    "objectives": Any,  # see _OBJECTIVES
     "heartbeat": Positive,
     "attempts": Positive,
     "retrain_best": bool,
@@ -34,7 +34,7 @@ KEYS: dict[str, Any] = {
 }
 _ITS_OWN = {"resume": "the same command goes on with a sweep", "run_name": "a trial has a number",
             "test": "a trial is never tested; retrain_best=true tests the best"}  # fmt: skip
-_OBJECTIVES = (["val/acc"], ["val/acc", "adapt_seconds"])
+_OBJECTIVES = [["val/acc"], ["val/acc", "adapt_seconds"]]
 _NAMING = ("sampler", "pruner", "objectives")
 """Settings that make it another study; the others only say how it is carried out."""
 
@@ -70,7 +70,7 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         for key, annotation in KEYS.items()
         if (problem := value_problem(cfg[key], annotation))
     ]
-    if list(cfg.objectives or []) not in _OBJECTIVES:
+    if plain(cfg.objectives) not in _OBJECTIVES:
         allowed = " and ".join(f"[{','.join(each)}]" for each in _OBJECTIVES)
         problems.append(f"objectives: found {plain(cfg.objectives)}; allowed are {allowed}")
     theirs = [o for o in overrides if _root(o) not in {*KEYS, "space"}]
@@ -99,7 +99,7 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         size = math.prod(len(each.grid()) for each in space)
         if cfg.n_trials > size:
             problems.append(f"n_trials: found {cfg.n_trials}; the grid of this space has {size}")
-    if len(cfg.objectives) > 1 and cfg.retrain_best:
+    if plain(cfg.objectives) == _OBJECTIVES[1] and cfg.retrain_best:
         problems.append("retrain_best: with several objectives there is no one best")
     if problems:
         raise UserError("\n".join(problems))
@@ -129,6 +129,13 @@ def _name(cfg: DictConfig, space: Sequence[Dimension]) -> str:
     return "-".join([*parts, fingerprint(cfg, space)])
 
 
-def shown(settings: Settings) -> dict[str, Any]:
-    """The configuration as the parent run has it."""
-    return cast(dict[str, Any], OmegaConf.to_container(settings.cfg, resolve=True))
+def shown(settings: Settings, storage: str) -> dict[str, Any]:
+    """The configuration as the parent run has it: without a password.
+
+    Args:
+        storage: the URL.
+    """
+    from pipeline.study.storage import shown_url
+
+    resolved = cast(dict[str, Any], OmegaConf.to_container(settings.cfg, resolve=True))
+    return {**resolved, "storage": shown_url(storage)}

@@ -7,6 +7,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.study.worker import Job, Reply, carry_out
 
+PATIENCE = 120  # seconds for interrupted trainings to upload their checkpoints
+
 
 class SlurmExecutor:
     """Trials as jobs of a batch system; a job that is preempted or lost is begun again.
@@ -35,7 +37,9 @@ class SlurmExecutor:
             self._executor.update_parameters(name="sweep", **parameters)
         except (RuntimeError, ValueError, NameError, TypeError) as error:
             raise UserError(f"slurm: {' '.join(str(error).split())}") from error
-        self._errors = (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError)
+        utils = submitit.core.utils
+        self._errors = (utils.UncompletedJobError, utils.FailedJobError)
+        self._refused = utils.FailedSubmissionError
         self.slots = workers
         self._jobs: list[tuple[Any, Job]] = []
 
@@ -45,7 +49,10 @@ class SlurmExecutor:
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue."""
-        self._jobs.append((self._executor.submit(carry_out, job), job))
+        try:
+            self._jobs.append((self._executor.submit(carry_out, job), job))
+        except self._refused as error:
+            raise UserError(f"slurm: {' '.join(str(error).split())[:300]}") from error
 
     def replies(self, seconds: float) -> list[Reply]:
         """Those that have come, at the latest after so many seconds; "lost" for a dead job."""
@@ -67,4 +74,8 @@ class SlurmExecutor:
     def close(self) -> None:
         """Take back what waits, interrupt what runs."""
         for handle, _ in self._jobs:
-            handle.cancel()
+            handle.cancel(check=False)
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and not all(handle.done() for handle, _ in self._jobs):
+            time.sleep(0.5)
+        self._jobs = []

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 SILENT_BEATS = 4  # missed ones after which a trial is lost
-ASKING_SECONDS = 30  # a driver takes at most to say that a trial is its own
+ASKING_SECONDS = 600  # a driver takes at most to say that a trial is its own
 _BROKEN = (ImportError, OSError, ValueError)
 
 
@@ -31,11 +31,23 @@ def quieten() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
+    warnings.filterwarnings("ignore", message="Target and region quantiles")  # few trials
 
 
 def local_url(mlruns: Path) -> str:
     """A file of its own: MLflow's and Optuna's tables do not fit into one."""
     return f"sqlite:///{mlruns / 'optuna.db'}"
+
+
+def shown_url(url: str) -> str:
+    """The URL as people may see it: without its password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
 
 
 def prepare(url: str, mlruns: Path) -> None:
@@ -114,8 +126,8 @@ def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
             heartbeat_stale_trial_callback=lambda study, trial: _again(study, trial, attempts),
         )
     except (SQLAlchemyError, *_BROKEN) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"storage: {url} cannot be opened ({reason})") from error
+        reason = " ".join(str(error).split())[:200].replace(url, shown_url(url))
+        raise UserError(f"storage: {shown_url(url)} cannot be opened ({reason})") from error
 
 
 @contextmanager
@@ -169,16 +181,20 @@ def this_process() -> list[Any]:
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
-def lost_here(trials: Sequence[FrozenTrial]) -> list[int]:
+def lost_here(trials: Sequence[FrozenTrial], sole: bool) -> list[int]:
     """Numbers of running trials whose process was on this machine and is gone.
 
     And of those that have none, as a driver died that was asking for them.
+
+    Args:
+        sole: no other driver can be asking now.
     """
     lost = []
     for trial in (t for t in trials if t.state == TrialState.RUNNING):
         host, pid, start = trial.user_attrs.get("process", ["", 0, 0.0])
-        if not host and trial.datetime_start:
-            if (datetime.now() - trial.datetime_start).total_seconds() > ASKING_SECONDS:
+        if not host:
+            begun = trial.datetime_start or datetime.now()
+            if sole or (datetime.now() - begun).total_seconds() > ASKING_SECONDS:
                 lost.append(trial.number)
             continue
         if host != socket.gethostname():

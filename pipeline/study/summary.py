@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pipeline.study.live import brief
 from pipeline.study.settings import Settings
+from pipeline.study.storage import shown_url
 from pipeline.study.worker import as_override
 from pipeline.tracking.run import Run
 from pipeline.tracking.study import name_best, view
@@ -142,4 +143,4 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     print(parent.where())
     if address := view(parent, [each.key for each in settings.space]):
         print(f"its trials: {address}")
-    print(f"optuna-dashboard {url}   (pip install optuna-dashboard) shows the study")
+    print(f"optuna-dashboard {shown_url(url)}   (pip install optuna-dashboard) shows the study")

@@ -84,13 +84,15 @@ def _check(job: Job) -> Reply:
     """Every configuration of the space is valid, and the data can be loaded."""
     from pipeline import config
 
-    problems = []
-    for values in job.values:
+    problems: list[str] = []
+    for values in job.values:  # the first are none: if these are wrong, so are all others
         try:
             cfg = compose_config("train", _overrides(job, values))
             config.check(cfg)
             config.build_trainer_options(cfg)
         except UserError as error:
+            if not values:
+                raise
             origin = "".join(f" (space.{key})" for key in values)
             problems += [line + origin for line in str(error).splitlines()]
     if problems:
@@ -207,6 +209,7 @@ def main() -> None:
             import pipeline.config
             import pipeline.reporting  # noqa: F401  what every training imports
 
+            print(json.dumps({"ready": os.getpid()}), file=replies)
             while job := jobs.get():
                 reply = carry_out(job)
                 print(json.dumps(reply), file=replies)

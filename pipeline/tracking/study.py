@@ -10,15 +10,16 @@ from pipeline.tracking.run import Run
 PARENT = "mlflow.parentRunId"
 
 
-def is_run(run_id: str | None) -> bool:
-    """Whether the store has such a run."""
+def status(run_id: str | None) -> str | None:
+    """The status of a run; None if the store has no such run."""
     from mlflow.exceptions import MlflowException
 
     if not run_id:
-        return False
+        return None
     with suppress(MlflowException):
-        return store.connect().get_run(run_id).info.lifecycle_stage == "active"
-    return False
+        info = store.connect().get_run(run_id).info
+        return info.status if info.lifecycle_stage == "active" else None
+    return None
 
 
 def close_dead(parent: Run, alive: Collection[int], others: bool) -> None:
