@@ -200,7 +200,7 @@ def test_submitit_runs_trials_as_jobs(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sweep,
         "_make_executor",
-        lambda cfg, logs: SlurmExecutor(logs, 2, {"timeout_min": 10}, "local"),
+        lambda cfg, logs, most: SlurmExecutor(logs, 2, {"timeout_min": 10}, "local"),
     )
     overrides = [o for o in overrides if "slurm.timeout" not in o]
     result = sweep.run(compose_config("sweep", overrides), overrides)
