@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 
@@ -62,35 +62,32 @@ def end_others(trainer: "pl.Trainer") -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ignores Ctrl-C and SIGTERM while things are brought to their end."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+def handling(handler: Any, *signals: int) -> Iterator[None]:
+    """Signals go to a handler during the block; not so in a thread, where they are not its own."""
     try:
-        before = [signal.signal(each, signal.SIG_IGN) for each in signals]
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        for each, handler in zip(signals, before, strict=True):
-            signal.signal(each, handler)
-
-
-@contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Ctrl-C and SIGTERM during the block interrupt at its end."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    came: list[int] = []
-    try:
-        before = [signal.signal(each, lambda number, _: came.append(number)) for each in signals]
+        before = [signal.signal(each, handler) for each in signals]
     except ValueError:  # not the main thread
         yield
         return
     try:
         yield
     finally:
-        for each, handler in zip(signals, before, strict=True):
-            signal.signal(each, handler)
+        for each, previous in zip(signals, before, strict=True):
+            signal.signal(each, previous)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM while things are brought to their end."""
+    with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM during the block interrupt at its end."""
+    came: list[int] = []
+    with handling(lambda number, _: came.append(number), signal.SIGINT, signal.SIGTERM):
+        yield
     if came:
         raise KeyboardInterrupt

@@ -52,13 +52,14 @@ def run(
     from pipeline.seen import refuse_seen, seen_by
     from pipeline.tracking.run import NoRun, tracked_run
     from pipeline.tracking.store import find_checkpoint
+    from pipeline.trainer import build_trainer_options
 
     resume = cfg.resume
     last = find_checkpoint(resume, "last") if resume else None
     if last:
         cfg = checkpoints.restore_config(last, overrides)
     config.check(cfg)
-    options = config.build_trainer_options(cfg)
+    options = build_trainer_options(cfg)
     others = other_sources(cfg.also_test or [])
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")

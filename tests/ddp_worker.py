@@ -11,6 +11,7 @@ from pipeline import config, train
 from pipeline.compose import compose_config
 from pipeline.data.transforms import Augmentation
 from pipeline.tracking.run import NoRun
+from pipeline.trainer import build_trainer_options
 from tests.conftest import blob_data
 
 CASES = {
@@ -70,7 +71,7 @@ def fit(case: str, processes: int, folder: Path) -> dict:
     data = blob_data(meta_batch_size=TASKS // processes, augmentation=augmentation, **SHAPE)
     as_float, data.prepare = data.prepare, lambda images: as_float(images).double()
     learner = config.build_learner(cfg, data.image_shape).double()
-    options = config.build_trainer_options(cfg)
+    options = build_trainer_options(cfg)
     run, ids = Kept(folder), Ids()
     train._fit(learner, data, options, [ids], run, None, None)
     weights = learner.state_dict()

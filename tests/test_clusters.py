@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from pipeline import sweep
 from pipeline.compose import compose_config
+from pipeline.errors import UserError
 from pipeline.study import settings, storage
 from pipeline.study.slurm import SlurmExecutor
 from pipeline.tracking import store
@@ -83,7 +84,7 @@ def mlflow_server(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         try:
             store._ask_health(f"http://127.0.0.1:{port}")
             break
-        except Exception:
+        except UserError:
             assert server.poll() is None, (tmp_path / "server.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.5)

@@ -11,6 +11,7 @@ from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
+from pipeline.trainer import build_trainer_options
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OPTIONS = [
@@ -28,7 +29,7 @@ def test_every_option_composes_checks_and_builds(option):
     config.check(cfg)
     data = config.build_data(cfg.data)
     assert data.source.name
-    config.build_trainer_options(cfg)
+    build_trainer_options(cfg)
     assert config.build_learner(cfg, (3, 32, 32)).label
 
 
@@ -161,21 +162,21 @@ def test_a_device_that_is_not_there():
     cfg = compose_config("train", ["trainer.accelerator=tpu"])
     config.check(cfg)
     with pytest.raises(UserError, match=r"trainer: .*torch_xla"):
-        config.build_trainer_options(cfg)
+        build_trainer_options(cfg)
 
 
 def test_as_many_processes_as_were_started(monkeypatch):
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     cfg = compose_config("train", two)
-    assert config.build_trainer_options(cfg)["devices"] == 2
+    assert build_trainer_options(cfg)["devices"] == 2
     cfg.data.val_episodes = 1
     with pytest.raises(UserError, match=r"data\.val_episodes: found 1; .* the 2 processes"):
-        config.build_trainer_options(cfg)
+        build_trainer_options(cfg)
     every = compose_config("train", [*two[:2], "trainer.devices=auto"])
-    assert config.build_trainer_options(every)["devices"] == 1  # of CPUs Lightning takes one
+    assert build_trainer_options(every)["devices"] == 1  # of CPUs Lightning takes one
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     with pytest.raises(UserError, match=r"trainer\.devices, .*: found 1 and 1, but 3 processes"):
-        config.build_trainer_options(every)
+        build_trainer_options(every)
 
 
 def test_another_source_keeps_the_episodes():

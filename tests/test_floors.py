@@ -25,6 +25,7 @@ FLOORS = {
         "compose",
         "processes",
         "signature",
+        "trainer",
         "config",
         "checkpoints",
         "scoreboard",

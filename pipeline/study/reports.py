@@ -38,7 +38,7 @@ class Reports(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The study knows the run, so that a trial that dies can go on with it."""
-        run: Any = trainer.logger.run  # type: ignore[union-attr]
+        run: Any = trainer.logger.run  # type: ignore[union-attr]  # a RunLogger
         self._storage.set_trial_user_attr(self._trial, "run_id", run.run_id)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -61,11 +61,11 @@ class Reports(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure what is asked for; mark the run as what it is."""
         state = "PRUNED" if self.pruned else "COMPLETE"
-        run: Any = trainer.logger.run  # type: ignore[union-attr]
+        run: Any = trainer.logger.run  # type: ignore[union-attr]  # a RunLogger
         if "adapt_seconds" in self._objectives:
             from pipeline.learners.evaluation import adaptation_seconds
 
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
             shape = (data.n_way, data.k_shot, data.n_query)
             self.adapt_seconds = adaptation_seconds(pl_module, data, "val", *shape)
             run.log_metrics({"val/adapt_seconds": self.adapt_seconds}, trainer.global_step)

@@ -83,13 +83,14 @@ def carry_out(job: Job) -> Reply:
 def _check(job: Job) -> Reply:
     """Every configuration of the space is valid, and the data can be loaded."""
     from pipeline import config
+    from pipeline.trainer import build_trainer_options
 
     problems: list[str] = []
     for values in job.values:  # the first are none: if these are wrong, so are all others
         try:
             cfg = compose_config("train", _overrides(job, values))
             config.check(cfg)
-            config.build_trainer_options(cfg)
+            build_trainer_options(cfg)
         except UserError as error:
             if not values:
                 raise
@@ -137,7 +138,7 @@ def _trial(job: Job) -> Reply:
         except KeyboardInterrupt:
             kept.requeue(storage, study, job.trial)
             raise
-        except Exception as error:
+        except Exception as error:  # is told on, by carry_out
             storage.set_trial_user_attr(trial, "error", str(error)[:500])
             study.tell(job.trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             raise
