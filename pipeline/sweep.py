@@ -174,7 +174,10 @@ def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
     from pipeline.study.driver import carry_out
     from pipeline.study.summary import best_trials
 
-    cfg, (best, *_) = driver.settings.cfg, best_trials(study)
+    cfg = driver.settings.cfg
+    if not (found := best_trials(study)):
+        raise UserError("retrain_best: every trial was pruned; a larger n_trials goes on")
+    best = found[0]
     what = f"trial {best.number}"
     done = study.user_attrs.get("retrained", {}).get(what, {})
     jobs = []

@@ -557,3 +557,14 @@ def test_bad_values_are_found_before_a_trial_starts(runs_folder):
     )
     client = store.connect()
     assert not client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+def test_a_server_that_went_away_does_not_stop_a_sweep(monkeypatch, capsys):
+    from pipeline.tracking import study as runs
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    parent = Nobody()
+    runs.close_dead(parent, [], others=True)
+    runs.name_best(parent, {"learner.inner_lr": 0.1})
+    assert runs.view(parent, ["learner.inner_lr"]) is None
+    assert capsys.readouterr().err.count("no MLflow server answers") == 3

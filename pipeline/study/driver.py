@@ -156,8 +156,9 @@ class Driver:
         elif state == "interrupted":
             self.progress.say(f"trial {number} was stopped and will go on")
         elif state == "lost":
-            kept.requeue(self.storage, self.study, number, self.settings.cfg.attempts)
-            self.progress.say(f"trial {number} lost its worker{_because(reply)}; it goes on")
+            again = kept.requeue(self.storage, self.study, number, self.settings.cfg.attempts)
+            then = "it goes on" if again else "it is given up after so many attempts"
+            self.progress.say(f"trial {number} lost its worker{_because(reply)}; {then}")
             self._close_dead()
         else:
             self._failures += 1

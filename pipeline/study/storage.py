@@ -114,6 +114,10 @@ def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     quieten()
+
+    def stale(study: Study, trial: FrozenTrial) -> None:
+        _again(study, trial, attempts)
+
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options = {"connect_args": {"timeout": 60}}
@@ -123,7 +127,7 @@ def open_storage(url: str, heartbeat: int, attempts: int) -> RDBStorage:
             engine_kwargs=options,
             heartbeat_interval=heartbeat,
             grace_period=SILENT_BEATS * heartbeat,
-            heartbeat_stale_trial_callback=lambda study, trial: _again(study, trial, attempts),
+            heartbeat_stale_trial_callback=stale,
         )
     except (SQLAlchemyError, *_BROKEN) as error:
         reason = " ".join(str(error).split())[:200].replace(url, shown_url(url))
@@ -147,22 +151,26 @@ def trial_id(storage: RDBStorage, study: str, number: int) -> int:
     )
 
 
-def requeue(storage: RDBStorage, study: Study, number: int, attempts: int | None = None) -> None:
+def requeue(storage: RDBStorage, study: Study, number: int, attempts: int | None = None) -> bool:
     """End a trial that stopped in the middle and have its values run again, from where it was.
 
     Args:
         attempts: how often a trial may be begun that takes its worker down; None for one that
             was stopped from outside.
+
+    Returns:
+        Whether they run again.
     """
     with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody else was first
         storage.set_trial_state_values(trial_id(storage, study.study_name, number), TrialState.FAIL)
-        _again(study, study.get_trials(deepcopy=False)[number], attempts)
+        return _again(study, study.get_trials(deepcopy=False)[number], attempts)
+    return True
 
 
-def _again(study: Study, trial: FrozenTrial, attempts: int | None) -> None:
+def _again(study: Study, trial: FrozenTrial, attempts: int | None) -> bool:
     deaths = trial.user_attrs.get("deaths", 0) + (attempts is not None)
     if attempts is not None and deaths >= attempts:
-        return
+        return False
     kept = {k: v for k, v in trial.user_attrs.items() if k not in ("process", "error")}
     study.add_trial(
         create_trial(
@@ -174,6 +182,7 @@ def _again(study: Study, trial: FrozenTrial, attempts: int | None) -> None:
             intermediate_values=trial.intermediate_values,
         )
     )
+    return True
 
 
 def this_process() -> list[Any]:

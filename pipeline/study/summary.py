@@ -62,10 +62,9 @@ def summarise(settings: Settings, study: Study, parent: Run, efficiency: float) 
     best = best_trials(study)
     if not best:
         return
-    for trial in best[:1]:
-        name_best(parent, trial.params)
-        numbers = dict(zip(objectives, trial.values, strict=True))
-        parent.log_metrics({f"best/{k}": v for k, v in numbers.items()}, trial.number)
+    name_best(parent, best[0].params)
+    numbers = zip(objectives, best[0].values, strict=True)
+    parent.log_metrics({f"best/{k}": v for k, v in numbers}, best[0].number)
     if not math.isnan(efficiency):
         parent.log_metrics({"sweep/efficiency": efficiency}, len(frame))
     overrides = [*settings.overrides, *(as_override(k, v) for k, v in best[0].params.items())]
@@ -77,21 +76,20 @@ def summarise(settings: Settings, study: Study, parent: Run, efficiency: float) 
 
 
 def _history(study: Study, parent: Run) -> None:
-    """The best so far after each trial, as a curve of the parent run."""
-    maximize = study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
-    best = float("-inf")
+    """The best val/acc so far after each trial, as a curve of the parent run."""
+    best = 0.0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        best = max(best, trial.values[0] if maximize else -trial.values[0])
-        parent.log_metrics({"best/so_far": best if maximize else -best}, trial.number)
+        best = max(best, trial.values[0])
+        parent.log_metrics({"best/so_far": best}, trial.number)
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Share of each key in what makes the values vary; empty for few trials, or two objectives."""
+    """Share of each key in what makes val/acc vary; empty for few trials, or two objectives."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(study.directions) > 1:
+    if len(study.directions) > 1 or len(complete) < 3:
         return {}
     try:
-        return optuna.importance.get_param_importances(study) if len(complete) > 2 else {}
+        return optuna.importance.get_param_importances(study)
     except (ValueError, RuntimeError):  # all trials alike, or each of another shape
         return {}
 

@@ -1,13 +1,26 @@
 """The runs of a sweep: a parent, and its trials as children."""
 
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.tracking import store
 from pipeline.tracking.run import Run
 
 PARENT = "mlflow.parentRunId"
+
+
+@contextmanager
+def _if_it_answers() -> Iterator[None]:
+    """A server that went away does not stop a sweep; what was left undone is said."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, UserError) as error:
+        print(f"tracking: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
 def status(run_id: str | None) -> str | None:
@@ -29,21 +42,23 @@ def close_dead(parent: Run, alive: Collection[int], others: bool) -> None:
         alive: numbers of the trials that run.
         others: close those too that are no trials.
     """
-    client = store.connect()
     wanted = f"tags.`{PARENT}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
-    for child in client.search_runs([parent.experiment_id], wanted, max_results=1000):
-        trial = child.data.tags.get("trial")
-        if others if trial is None else int(trial) not in alive:
-            client.set_terminated(child.info.run_id, "KILLED")
+    with _if_it_answers():
+        client = store.connect()
+        for child in client.search_runs([parent.experiment_id], wanted, max_results=1000):
+            trial = child.data.tags.get("trial")
+            if others if trial is None else int(trial) not in alive:
+                client.set_terminated(child.info.run_id, "KILLED")
 
 
 def name_best(parent: Run, values: dict[str, Any]) -> None:
     """The best values as parameters, which do not change any more, and as tags, which do."""
-    known = store.connect().get_run(parent.run_id).data.params
     named = {f"best.{key}": str(value) for key, value in values.items()}
     parent.set_tags(named)
-    if not any(known.get(key, value) != value for key, value in named.items()):
-        parent.log_values(named)
+    with _if_it_answers():
+        known = store.connect().get_run(parent.run_id).data.params
+        if not any(known.get(key, value) != value for key, value in named.items()):
+            parent.log_values(named)
 
 
 def view(parent: Run, keys: Sequence[str]) -> str | None:
@@ -52,8 +67,6 @@ def view(parent: Run, keys: Sequence[str]) -> str | None:
     Returns:
         None if the store does not take it.
     """
-    from mlflow.exceptions import MlflowException
-
     best = "metrics.`val/best_acc`"
     columns = [
         best,
@@ -64,7 +77,7 @@ def view(parent: Run, keys: Sequence[str]) -> str | None:
     wanted = f"tags.mlflow.parentRunId = '{parent.run_id}'"
     uri = store.tracking_uri()
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    with suppress(MlflowException):
+    with _if_it_answers():
         client, key = store.connect(), f"study-{parent.run_id[:8]}"
         path = store.share_view(client, parent.experiment_id, key, columns, wanted, best)
         return f"{server}/{path}{store.CHARTS}"
