@@ -12,6 +12,7 @@ FLOORS = {
         "blocks",
         "backbones",
         "engine",
+        "heads.*",
         "metrics",
         "figures",
         "plots",

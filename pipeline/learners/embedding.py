@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
 from pipeline.functional import count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
@@ -51,7 +52,7 @@ class EmbeddingLearner(MetaLearner):
     @property
     def embeds_once(self) -> bool:
         """Whether images may be embedded apart from their episodes, and `head` does the rest."""
-        return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
+        return not is_transductive(self) and type(self).adapt is EmbeddingLearner.adapt
 
     def compile_networks(self) -> None:
         """See `MetaLearner.compile_networks`."""
