@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
