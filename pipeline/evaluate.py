@@ -29,7 +29,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     quieten()
     import torch
 
-    from pipeline import checkpoints, config, reporting
+    from pipeline import checkpoints, config, reporting, sources
     from pipeline.engine import keep_freed_memory
     from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.seen import refuse_seen
@@ -39,7 +39,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check_root(cfg, "evaluate")
     path = find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
     trained = checkpoints.restore_config(path)
-    image_shape = tuple(trained.data.image_shape)
+    image_shape = sources.image_shape(trained.data)
     source = cfg.data if "data" in cfg else trained.data
     changes = {k: cfg[k] for k in ("n_way", "n_query") if cfg[k] is not None}
     if cfg.episodes is not None:
@@ -60,9 +60,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     keep_freed_memory()
     step = checkpoints.load_weights(learner, path)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
-    trained.data = config.with_source(
-        trained.data, source, image_shape=list(image_shape), **changes
-    )
+    trained.data = sources.with_source(trained.data, source, image_shape, **changes)
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, others, shots)

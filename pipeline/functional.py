@@ -12,11 +12,13 @@ Aux = TypeVar("Aux")
 
 
 def count_ways(support_y: Tensor) -> int:
-    """n_way of a support set: its largest label plus one.
+    """n_way of a support set: its largest label plus one; of real targets their number.
 
     Raises:
         ValueError: if a class of 0..n_way-1 has no support image.
     """
+    if support_y.is_floating_point():
+        return support_y.shape[-1]
     n_way = int(support_y.max()) + 1
     missing = (torch.bincount(support_y, minlength=n_way) == 0).nonzero().flatten().tolist()
     if missing:
@@ -87,6 +89,16 @@ def query_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     if loss == "mse":
         return (logits - target).square().mean(-1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
+
+
+def score(logits: Tensor, y: Tensor) -> Tensor:
+    """What tasks are scored by: (..., m, n) and (..., m) classes or (..., m, n) targets -> (...).
+
+    The accuracy of classes in 0..1, the mean squared error of real targets.
+    """
+    if y.is_floating_point():
+        return query_loss("mse", logits, y).mean(-1)
+    return accuracy(logits, y)
 
 
 def plain_autograd() -> bool:

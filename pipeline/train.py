@@ -17,6 +17,7 @@ from pipeline.processes import end_others
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from pipeline.data.loaders import EpisodeLoaders
     from pipeline.tracking.run import Run
 
 
@@ -36,8 +37,8 @@ def run(
         tags: further ones for the run.
 
     Returns:
-        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`
-        alone); nothing in further processes (DDP).
+        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`,
+        or `val/mse`, alone); nothing in further processes (DDP).
 
     Raises:
         UserError: for bad input, before anything is computed.
@@ -80,6 +81,7 @@ def run(
     facts = {
         "seed": cfg.seed,
         "data.fingerprint": seen.fingerprint,
+        "measure": data.measure,
         "protocol": learner.protocol,
         "learner": learner.label,
         "data": data.source.name,
@@ -100,10 +102,11 @@ def run(
             return {}
         if "optimizer" in cfg.learner:
             step = checkpoints.load_weights(learner, best)
-            tracked.log_metrics({"val/best_acc": score}, step)
+            tracked.log_metrics({f"val/best_{data.measure}": score}, step)
             if not cfg.test:
-                print(f"best val/acc {score:.4f} after step {step}; {tracked.where()}")
-                return {"run_id": tracked.run_id, "val/acc": score}
+                name = f"val/{data.measure}"
+                print(f"best {name} {score:.4f} after step {step}; {tracked.where()}")
+                return {"run_id": tracked.run_id, name: score}
         return reporting.test_and_report(
             tracked, learner, sets, network, cfg.published, step, main_set, "results.csv"
         )
@@ -112,7 +115,8 @@ def run(
 def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict[str, Any]:
     """What is stored with the run: it holds in another working directory and machine too."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    resolved["data"]["image_shape"] = list(image_shape)
+    if "image_shape" in resolved["data"]:
+        resolved["data"]["image_shape"] = list(image_shape)
     resolved["trainer"]["devices"] = devices
     others = [spec for spec in resolved["also_test"] or [] if isinstance(spec, dict)]
     for node in (resolved["data"], *others):
@@ -124,7 +128,7 @@ def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict
 
 def _fit(
     learner: "pl.LightningModule",
-    data: "pl.LightningDataModule",
+    data: "EpisodeLoaders",
     options: dict[str, Any],
     callbacks: "Sequence[pl.Callback]",
     tracked: "Run",
@@ -137,11 +141,12 @@ def _fit(
         best_before: finds the best checkpoint of a run that goes on.
 
     Returns:
-        Path of the checkpoint with the best val/acc, and that val/acc.
+        Path of the checkpoint with the best val/acc (or val/mse), and that.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from pipeline.annotations import better
     from pipeline.checkpoints import bring
     from pipeline.progress import RunLogger, progress_callbacks
 
@@ -152,7 +157,8 @@ def _fit(
         save_on_train_epoch_end=True,  # at an epoch's end the episode stream goes on cleanly
         enable_version_counter=False,
     )
-    best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
+    score, mode = f"val/{data.measure}", better(data.measure)
+    best, last = keep(filename="best", monitor=score, mode=mode), keep(filename="last")
     if start and tracked.run_id:  # no later checkpoint may be better than the best one so far
         bring(best_before(), folder / "best.ckpt")
     logger = RunLogger(tracked)
@@ -197,7 +203,7 @@ def quieten() -> None:
     harmless += ["IProgress not found"]  # tqdm in a notebook
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
     harmless += ["IProgress not found"]  # a notebook without ipywidgets
-    harmless += ["recommended to use `self.log"]  # EpisodeAccuracy gathers over processes itself
+    harmless += ["recommended to use `self.log"]  # EpisodeMean gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 
