@@ -5,7 +5,7 @@ names before anything is built, and all problems are reported together.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import hydra
 import torch
@@ -63,11 +63,25 @@ _ROOT: dict[str, dict[str, Any]] = {
         "episodes": PositiveInt | None,
         "out": str | None,
     },
+    "survey": {
+        "learners": Annotated[list[str], MinLen(1)] | None,
+        "heads": list[str] | None,
+        "heads_on": str,
+        "images": PositiveInt,
+        "half": dict[str, str],
+        "data": dict[str, list[str]],
+        "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
+        "episodes": PositiveInt,
+        "overrides": list[str],
+        "workers": PositiveInt | Literal["auto"],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "out": Annotated[str, MinLen(1)],
+    },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
 _GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
-           "report": set(), "ui": set()}  # fmt: skip
+           "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
