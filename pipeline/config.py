@@ -44,6 +44,7 @@ _ROOT: dict[str, dict[str, Any]] = {
         "experiment_name": Annotated[str, MinLen(1)],
         "run_name": str | None,
         "resume": str | None,
+        "init_from": str | None,
     },
     "evaluate": {
         "run": str | None,
@@ -103,6 +104,8 @@ def _root_problems(cfg: DictConfig, command: str) -> Iterator[str]:
     for key in sorted(map(str, cfg.keys() - allowed)):
         yield f"{key}: unknown key; allowed are {', '.join(sorted(allowed))}"
     for key, annotation in known.items():
+        if OmegaConf.is_missing(cfg, key):
+            continue  # said already
         if key not in cfg:
             yield f"{key}: needs a value (none is given)"
         elif problem := value_problem(cfg[key], annotation):
@@ -149,7 +152,7 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
-    learner = hydra.utils.get_class(cfg.learner._target_)
+    learner: type[MetaLearner] = hydra.utils.get_class(cfg.learner._target_)
     if issubclass(learner, GradientLearner):
         ways = cfg.data.train_n_way
         if ways != cfg.data.n_way:
@@ -157,6 +160,12 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
                 f"data.train_n_way: found {plain(ways)}, but the head of {learner.__name__} has "
                 f"data.n_way={cfg.data.n_way} outputs; both must be the same number"
             )
+    on_images = learner.trains_on == "images"
+    if on_images != bool(number := cfg.data.get("images_per_batch")):
+        yield (
+            f"data.images_per_batch: found {number}, but {learner.__name__} trains on "
+            f"{learner.trains_on}; {'give a number' if on_images else 'must be null'}"
+        )
     optimizer = cfg.learner.get("optimizer")
     if not optimizer and not cfg.test:
         yield f"test: found False, but {learner.__name__} has no optimizer: nothing would be done"

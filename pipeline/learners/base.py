@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from pipeline.metrics import EpisodeAccuracy
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+TrainsOn = Literal["episodes", "images"]
 
 
 class MetaLearner(pl.LightningModule, ABC):
@@ -29,7 +30,12 @@ class MetaLearner(pl.LightningModule, ABC):
         scheduler: of its rate, stepped once a training step (ReduceLROnPlateau: once a validation,
             by val/loss, of which a resumed run misses the one it was stopped after); None keeps
             the rate.
+
+    Attributes:
+        trains_on: what `meta_loss` is of, a batch of `episodes` or one of `images`.
     """
+
+    trains_on: ClassVar[TrainsOn] = "episodes"
 
     def __init__(
         self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None
