@@ -5,8 +5,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
-from pipeline.functional import count_ways
+from pipeline.functional import Loss, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
@@ -24,8 +25,9 @@ class EmbeddingLearner(MetaLearner):
         backbone: nn.Module,
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, loss)
         self.backbone = backbone
 
     def embed(self, x: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class EmbeddingLearner(MetaLearner):
     @property
     def embeds_once(self) -> bool:
         """Whether images may be embedded apart from their episodes, and `head` does the rest."""
-        return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
+        return not is_transductive(self) and type(self).adapt is EmbeddingLearner.adapt
 
     def compile_networks(self) -> None:
         """See `MetaLearner.compile_networks`."""
@@ -59,7 +61,9 @@ class EmbeddingLearner(MetaLearner):
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`."""
-        classify = self.head(self.embed(support_x), support_y, count_ways(support_y))
+        n_way = count_ways(support_y)
+        self.check_ways(n_way)
+        classify = self.head(self.embed(support_x), support_y, n_way)
         return lambda query_x: classify(self.embed(query_x))
 
     def predict(self, batch: Episode) -> Tensor:
