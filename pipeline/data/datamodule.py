@@ -131,19 +131,6 @@ class EpisodicDataModule(pl.LightningDataModule):
             tasks_per_shape,
         )
 
-    def image_sampler(self, seed: int) -> ImageSampler:
-        """A stream of training images.
-
-        Raises:
-            UserError: if there are no classes to tell apart.
-        """
-        return ImageSampler(self.pool.labels, self.classes("train"), seed, "train")
-
-    def some_training_images(self, most: int) -> Tensor:
-        """Rows of the pool (m,), m <= `most`, the same ones in every run on this data."""
-        sampler = self.image_sampler(self.eval_seed)
-        return torch.from_numpy(sampler.sample(range(min(most, len(sampler))))[0])
-
     def setup(self, stage: str) -> None:
         """Load the pool and check that the splits can fill the episodes asked for.
 
@@ -171,7 +158,8 @@ class EpisodicDataModule(pl.LightningDataModule):
         resident, cuda = self.keep_on(device), device.type == "cuda"
         pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
         if split == "train" and self.images_per_batch:
-            return ImageDataset(self.pool, self.image_sampler(self.seed), resident, pin)
+            images = ImageSampler(self.pool.labels, self.classes(split), self.seed, split)
+            return ImageDataset(self.pool, images, resident, pin)
         shape: tuple[Range, Range, int] = (self.n_way, self.k_shot, self.n_query)
         group = 1
         if split == "train":

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat
 from pipeline.episode import Classifier
-from pipeline.functional import prototypes
+from pipeline.functional import Loss, prototypes
 from pipeline.heads.base import cosine
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
@@ -26,8 +26,9 @@ class MetaBaseline(EmbeddingLearner):
         temperature: PositiveFloat,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:

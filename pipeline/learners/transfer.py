@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pipeline.annotations import PositiveFloat, Probability, Ways
-from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier, Images
 from pipeline.heads.base import Head
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory, TrainsOn
-from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
-
-BASE_IMAGES = 2048  # of which the mean embedding is taken
+from pipeline.learners.embedding import EmbeddingLearner, base_mean
 
 
 class CosineClassifier(nn.Module):
@@ -89,11 +86,6 @@ class Transfer(EmbeddingLearner):
         """See `MetaLearner.protocol`."""
         return "transductive" if self.task_head.transductive else super().protocol
 
-    @property
-    def embeds_once(self) -> bool:
-        """A transductive head sees embeddings together, not images."""
-        return super().protocol == "inductive"
-
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`."""
         classify: Classifier = self.task_head(support_z, support_y, n_way, self.base_mean)
@@ -108,7 +100,4 @@ class Transfer(EmbeddingLearner):
 
     def on_validation_epoch_start(self) -> None:
         """Measure the base mean, which a checkpoint of this validation holds."""
-        data: EpisodicDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
-        rows = data.some_training_images(BASE_IMAGES)
-        parts = (data.prepare(data.images(part, self.device)) for part in rows.split(EMBED_BATCH))
-        self.base_mean.copy_(torch.stack([self.embed(x).sum(0) for x in parts]).sum(0) / len(rows))
+        self.base_mean.copy_(base_mean(self, self.trainer.datamodule))  # type: ignore[attr-defined]  # Lightning sets it
