@@ -9,8 +9,10 @@ Floor 4, runs: compose, signature, trainer and config (configurations to parts),
     nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
-Floor 1, material: blocks and backbones (networks), engine (how the tasks of a meta-batch are run),
-    metrics, figures, plots; data (image pools, class splits, episodes).
-Floor 0, words: episode (the shapes of a task), functional (pure maths), inner (inner loops
-    and their rules), paired (statistics of learners on the same episodes), annotations, errors.
+Floor 1, material: blocks and backbones (networks), heads (classifiers of fixed embeddings),
+    engine (how the tasks of a meta-batch are run), metrics, figures, plots; data (image pools,
+    class splits, episodes).
+Floor 0, words: episode (the shapes of a task), functional (pure maths), inner (inner loops and
+    their rules), solvers (linear classifiers in closed form or to convergence), paired (statistics
+    of learners on the same episodes), annotations, errors.
 """

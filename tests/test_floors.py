@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = {
-    0: ["episode", "functional", "inner", "annotations", "errors", "paired"],
+    0: ["episode", "functional", "inner", "solvers", "annotations", "errors", "paired"],
     1: [
         "blocks",
         "backbones",
         "engine",
+        "heads.*",
         "metrics",
         "figures",
         "plots",
