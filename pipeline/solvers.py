@@ -173,7 +173,7 @@ def _newton_step(
 
 
 @_precise
-def crammer_singer(z: Tensor, y: Tensor, n_way: int, c: float | Tensor, steps: int = 20) -> Tensor:
+def crammer_singer(z: Tensor, y: Tensor, n_way: int, c: float | Tensor, steps: int = 15) -> Tensor:
     """The multi-class SVM without bias: minimises ||W||^2/2 + c sum of hinges; differentiable.
 
     Crammer, Singer 2001; hinge = max over classes of (logit + [class is wrong]) - logit of y. Its
@@ -228,7 +228,9 @@ def _interior_point(gram: Tensor, target: Tensor, steps: int) -> tuple[Tensor, T
         (p - target) gram + target + shift = slack and sum_class p = 1.
     """
     smallest = torch.finfo(gram.dtype).eps ** 0.7
-    p = torch.full_like(target, 1 / len(target))
+    spread = target - 1 / len(target)
+    best = (spread * target).sum() / (spread * (spread @ gram)).sum().clamp(min=1e-30)
+    p = target - best.clamp(max=1) * spread  # the best mixture of target and uniform
     slope = (p - target) @ gram + target
     lowest = slope.amin(0)
     above = (slope - lowest).mean() + 1e-3
