@@ -38,7 +38,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def one_hot(y: Tensor, n_way: int, dtype: torch.dtype) -> Tensor:
+def indicators(y: Tensor, n_way: int, dtype: torch.dtype) -> Tensor:
     """Classes (m,) as indicators (n_way, m)."""
     return (torch.arange(n_way, device=y.device).unsqueeze(1) == y).to(dtype)
 
@@ -88,7 +88,7 @@ def irls(z: Tensor, y: Tensor, n_way: int, l2: float | Tensor, steps: int) -> Te
     Returns:
         (n_way, d).
     """
-    target, gram = one_hot(y, n_way, z.dtype), z @ z.T  # (n_way, m), (m, m)
+    target, gram = indicators(y, n_way, z.dtype), z @ z.T  # (n_way, m), (m, m)
     penalty = l2 * _eye(len(y), z)
     a = torch.zeros_like(target)
     for _ in range(steps):
@@ -132,7 +132,7 @@ def logistic_regression(
     """
     with torch.no_grad():
         l2 = 2 * l2 if n_way == 2 else l2
-        target, gram = one_hot(y, n_way, z.dtype), z @ z.T  # (n_way, m), (m, m)
+        target, gram = indicators(y, n_way, z.dtype), z @ z.T  # (n_way, m), (m, m)
         lengths = 0.5 ** torch.arange(16, dtype=z.dtype, device=z.device)
         a, b = torch.zeros_like(target), torch.zeros_like(target[:, :1])  # weight = a @ z
         for _ in range(steps):
@@ -195,7 +195,7 @@ def crammer_singer(z: Tensor, y: Tensor, n_way: int, c: float | Tensor, steps: i
     Returns:
         (n_way, d).
     """
-    target, gram = one_hot(y, n_way, z.dtype), c * z @ z.T  # (n_way, m), (m, m)
+    target, gram = indicators(y, n_way, z.dtype), c * z @ z.T  # (n_way, m), (m, m)
     with torch.no_grad():
         p, slack, shift = _interior_point(gram, target, steps)
         pull, inverse, coupling = _kkt(gram, p, slack)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = {
-    0: ["episode", "functional", "solvers", "annotations", "errors", "paired"],
+    0: ["episode", "functional", "solvers", "inner", "annotations", "errors", "paired"],
     1: [
         "blocks",
         "backbones",

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat, Probability
 from pipeline.episode import Classifier
+from pipeline.errors import UserError
+from pipeline.functional import Loss
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
-from pipeline.solvers import crammer_singer, one_hot, ridge
+from pipeline.solvers import crammer_singer, indicators, ridge
 
 
 class MetaOptNet(EmbeddingLearner):
@@ -21,7 +23,7 @@ class MetaOptNet(EmbeddingLearner):
             to indicators of the classes.
         c: weight of the support loss against ||W||^2 / 2; the lambda of the paper's ridge
             regression is 1/c.
-        label_smoothing: epsilon, in training: the share of the target that the wrong classes get.
+        label_smoothing: the share of the target that the wrong classes get in training.
         The rest: see `EmbeddingLearner`.
     """
 
@@ -33,8 +35,14 @@ class MetaOptNet(EmbeddingLearner):
         label_smoothing: Probability,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
+        if label_smoothing and loss != "cross_entropy":
+            raise UserError(
+                f"learner.label_smoothing: found {label_smoothing} with learner.loss={loss}; it "
+                "goes with cross_entropy"
+            )
         self.base_learner, self.c, self.label_smoothing = base_learner, c, label_smoothing
         self.scale = nn.Parameter(torch.ones(()))  # gamma of eq. 12
 
@@ -48,7 +56,7 @@ class MetaOptNet(EmbeddingLearner):
         if self.base_learner == "svm":
             weight = crammer_singer(support_z, support_y, n_way, self.c)
         else:
-            weight = ridge(support_z, one_hot(support_y, n_way, support_z.dtype), 1 / self.c)
+            weight = ridge(support_z, indicators(support_y, n_way, support_z.dtype), 1 / self.c)
         return lambda query_z: self.scale * F.linear(query_z.to(weight.dtype), weight)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -57,4 +65,4 @@ class MetaOptNet(EmbeddingLearner):
             return super().loss(logits, y)
         n_way = logits.shape[-1]
         share = self.label_smoothing * n_way / (n_way - 1)  # torch counts the right class in
-        return F.cross_entropy(logits.mT, y, reduction="none", label_smoothing=share)
+        return F.cross_entropy(logits.movedim(-1, 1), y, reduction="none", label_smoothing=share)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat
 from pipeline.episode import Classifier
-from pipeline.functional import nearest_mean, prototypes
+from pipeline.functional import Loss, nearest_mean, prototypes
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -31,8 +31,9 @@ class ProtoNet(EmbeddingLearner):
         distance: Literal["euclidean", "cosine"] = "euclidean",
         scale: PositiveFloat = 1.0,
         learn_scale: bool = False,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.distance = distance
         self.scale = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
 

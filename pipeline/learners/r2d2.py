@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat, PositiveInt
 from pipeline.episode import Classifier
+from pipeline.functional import Loss
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
-from pipeline.solvers import irls, one_hot, ridge
+from pipeline.solvers import indicators, irls, ridge
 
 
 class R2D2(EmbeddingLearner):
     """Classify by a regression on the support embeddings, solved within the gradient's reach.
 
     The regression has a bias, as weight of a constant 1. Its l2 (in the log) and the scale of the
-    logits are learned with the embedding. The paper's offset of the logits (beta of its eq. 7) is
-    left out: it is the same for all classes, which cross-entropy does not see.
+    logits are learned with the embedding; the offset of the paper's eq. 7 only with another loss
+    than cross-entropy, which does not see what is the same for all classes.
 
     Args:
         base_learner: ridge regression to indicators of the classes (R2-D2, section 3.2) or a
@@ -40,11 +41,13 @@ class R2D2(EmbeddingLearner):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
         steps: PositiveInt = 5,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.base_learner, self.steps = base_learner, steps
         self.log_l2 = nn.Parameter(torch.tensor(math.log(l2)))
         self.scale = nn.Parameter(torch.tensor(scale))
+        self.offset = nn.Parameter(torch.zeros(())) if loss != "cross_entropy" else 0.0
 
     @property
     def label(self) -> str:
@@ -55,10 +58,10 @@ class R2D2(EmbeddingLearner):
         """Logits are the scaled predictions of the regression (eq. 7)."""
         z, l2 = _with_one(support_z), self.log_l2.exp() * len(support_y)
         if self.base_learner == "ridge":
-            weight = ridge(z, one_hot(support_y, n_way, z.dtype), l2)
+            weight = ridge(z, indicators(support_y, n_way, z.dtype), l2)
         else:
             weight = irls(z, support_y, n_way, l2, self.steps)
-        return lambda query_z: self.scale * F.linear(_with_one(query_z), weight)
+        return lambda query_z: self.scale * F.linear(_with_one(query_z), weight) + self.offset
 
 
 def _with_one(z: Tensor) -> Tensor:
