@@ -96,7 +96,7 @@ def test_unequal_shots_are_fine_and_a_missing_class_is_named(learner):
 def test_every_parameter_gets_a_gradient(learner):
     if not trainable(learner):
         pytest.skip("untrained by design")
-    data = blob_data()
+    data = blob_data(train_k_shot=5)  # as far as SNAIL's convolutions reach
     batch = data.on_after_batch_transfer(data._dataset("train")[[0, 1]], 0)
     learner.train()
     learner.meta_loss(batch)[0].backward()
