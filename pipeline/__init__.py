@@ -10,6 +10,6 @@ Floor 3, learning: learners (support set to classifier, Lightning modules), prog
 Floor 2, loading: data.datamodule (three class-disjoint splits to three loaders).
 Floor 1, material: blocks and backbones (networks), engine (how the tasks of a meta-batch are run),
     metrics, figures, plots; data (image pools, class splits, episodes).
-Floor 0, words: episode (the shapes of a task), functional (pure maths), paired (statistics of
-    learners on the same episodes), annotations, errors.
+Floor 0, words: episode (the shapes of a task), functional (pure maths), inner (inner loops
+    and their rules), paired (statistics of learners on the same episodes), annotations, errors.
 """

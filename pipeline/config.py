@@ -18,7 +18,6 @@ from pipeline.annotations import PositiveInt, Published, Ways
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
-from pipeline.learners.gradient import GradientLearner
 from pipeline.signature import parameters, plain, value_problem
 from pipeline.trainer import trainer_problems
 
@@ -150,13 +149,12 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
     learner = hydra.utils.get_class(cfg.learner._target_)
-    if issubclass(learner, GradientLearner):
-        ways = cfg.data.train_n_way
-        if ways != cfg.data.n_way:
-            yield (
-                f"data.train_n_way: found {plain(ways)}, but the head of {learner.__name__} has "
-                f"data.n_way={cfg.data.n_way} outputs; both must be the same number"
-            )
+    ways = cfg.data.train_n_way
+    if "n_way" in parameters(learner) and ways != cfg.data.n_way:
+        yield (
+            f"data.train_n_way: found {plain(ways)}, but {learner.__name__} is built for "
+            f"data.n_way={cfg.data.n_way} classes; both must be the same number"
+        )
     optimizer = cfg.learner.get("optimizer")
     if not optimizer and not cfg.test:
         yield f"test: found False, but {learner.__name__} has no optimizer: nothing would be done"

@@ -31,7 +31,6 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     from pipeline import checkpoints, config, reporting
     from pipeline.engine import keep_freed_memory
-    from pipeline.learners.gradient import GradientLearner
     from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.seen import refuse_seen
     from pipeline.tracking.run import NoRun, existing_run
@@ -53,11 +52,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     shots = [shots] if isinstance(shots, int) else list(shots)
 
     learner = config.build_learner(trained, image_shape, pretrained=False)
-    if isinstance(learner, GradientLearner) and cfg.n_way not in (None, learner.n_way):
-        raise UserError(
-            f"n_way: found {cfg.n_way}, but the head of this {learner.label} was trained for "
-            f"{learner.n_way}; an embedding learner (protonet) takes any number"
-        )
+    if cfg.n_way is not None:
+        try:
+            learner.check_ways(cfg.n_way)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     keep_freed_memory()
     step = checkpoints.load_weights(learner, path)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")

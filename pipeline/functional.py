@@ -1,9 +1,10 @@
 """Pure maths of few-shot learning. Floor 0: torch only, no state, one task at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -83,8 +84,26 @@ def nearest_mean(support_z: Tensor, support_y: Tensor, n_way: int) -> Callable[[
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of rows whose largest logit is at y: (m, n), (m,) -> ()."""
-    return (logits.argmax(1) == y).float().mean()
+    """Share of rows whose largest logit is at y: (..., m, n), (..., m) -> (...)."""
+    return (logits.argmax(-1) == y).float().mean(-1)
+
+
+Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
+
+
+def query_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
+    """Loss of each query: (..., m, n) and (..., m) classes or (..., m, n) targets -> (..., m).
+
+    Args:
+        loss: cross_entropy takes classes; binary_cross_entropy (each class against the rest) and
+            mse are means over the n outputs, and turn classes into one-hot targets.
+    """
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits.movedim(-1, min(1, logits.dim() - 1)), y, reduction="none")
+    target = y if y.dtype.is_floating_point else F.one_hot(y, logits.shape[-1]).to(logits.dtype)
+    if loss == "mse":
+        return (logits - target).square().mean(-1)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
 
 
 def plain_autograd() -> bool:
@@ -116,29 +135,6 @@ def gradient(loss: Callable[[Params], tuple[Tensor, Aux]], at: Params) -> tuple[
     inputs = list(at.values())
     parts = torch.autograd.grad(value, inputs, create_graph=again, materialize_grads=True)
     return dict(zip(at, parts, strict=True)), aux
-
-
-def inner_sgd(
-    loss: Callable[[Params], Tensor], theta: Params, lr: float, steps: int, first_order: bool
-) -> Params:
-    """Adapt by gradient descent: phi <- phi - lr * d loss / d phi, `steps` times.
-
-    Finn, Abbeel, Levine 2017, eq. 1, https://arxiv.org/abs/1703.03400. The result is
-    differentiable in theta. First order (their section 5.2) takes the inner gradient at a detached
-    point and as a constant, also with respect to whatever else `loss` depends on, so that no second
-    derivative is ever built; d phi / d theta is then the identity.
-
-    Returns:
-        Adapted parameters, same keys as theta.
-    """
-    phi = theta
-    for _ in range(steps):
-        point = {k: v.detach() for k, v in phi.items()} if first_order else phi
-        grads, _ = gradient(lambda p: (loss(p), ()), point)
-        if first_order:
-            grads = {k: g.detach() for k, g in grads.items()}
-        phi = {k: v - lr * grads[k] for k, v in phi.items()}
-    return phi
 
 
 class MeanInterval(NamedTuple):

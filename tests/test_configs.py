@@ -58,9 +58,9 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["data.meta_batch_size=true"], ["data.meta_batch_size: found True"]),
         (["learner=maml", "learner.inner_lr=abc"], ["learner.inner_lr: found 'abc'"]),
         (["learner=maml", "learner.inner_lr=-0.1"], ["learner.inner_lr: found -0.1"]),
-        (["learner=maml", "learner.adapted=body"], ["learner.adapted: found 'body'"]),
+        (["learner=maml", "learner.adapted=tail"], ["learner.adapted: found 'tail'"]),
         (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
-        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are optimizer, scheduler"]),
+        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are loss, optimizer"]),
         (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
         (
             ["learner.optimizer._target_=torch.optim.Adamm"],
@@ -75,7 +75,7 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         ),
         (
             ["learner=maml", "data.train_n_way=7"],
-            ["data.train_n_way: found 7, but the head of Maml"],
+            ["data.train_n_way: found 7, but Maml is built for"],
         ),
         (["+trainer.max_stepss=3"], ["trainer.max_stepss: unknown key; allowed are accelerator"]),
         (["+trainer.max_epochs=3"], ["trainer.max_epochs: is set by the pipeline"]),

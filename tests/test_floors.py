@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = {
-    0: ["episode", "functional", "annotations", "errors", "paired"],
+    0: ["episode", "functional", "inner", "annotations", "errors", "paired"],
     1: [
         "blocks",
         "backbones",

@@ -7,11 +7,12 @@ import torch
 from pipeline.functional import (
     accuracy,
     count_ways,
-    inner_sgd,
     mean_ci95,
     prototypes,
+    query_loss,
     squared_distances,
 )
+from pipeline.inner import SGD, descend
 
 A, B = torch.tensor([1.0, 2, 3]).double(), torch.tensor([4.0, 5, 6]).double()
 
@@ -35,7 +36,7 @@ def half_square(a):
 )
 def test_meta_gradient_by_hand(inner, outer, lr, steps, first_order, phi, expected):
     w = torch.tensor([2.0, 3, 5], dtype=torch.float64, requires_grad=True)
-    adapted = inner_sgd(half_square(inner), {"w": w}, lr, steps, first_order)
+    adapted = descend(half_square(inner), {"w": w}, SGD(), lr, steps, first_order)
     assert adapted["w"].tolist() == phi
     (gradient,) = torch.autograd.grad(outer(adapted), w)
     assert gradient.tolist() == expected
@@ -43,7 +44,7 @@ def test_meta_gradient_by_hand(inner, outer, lr, steps, first_order, phi, expect
 
 def test_first_order_builds_no_second_derivative():
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    adapted = inner_sgd(half_square(A), {"w": w}, 0.1, 2, first_order=True)
+    adapted = descend(half_square(A), {"w": w}, SGD(), 0.1, 2, first_order=True)
     (jacobian,) = torch.autograd.grad(adapted["w"].sum(), w)
     assert jacobian.tolist() == [1, 1, 1]  # d phi / d theta is the identity
 
@@ -93,3 +94,20 @@ def test_interval():
     assert mean == pytest.approx(values.mean())
     assert ci95 == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(50))
     assert np.isnan(mean_ci95(torch.tensor([0.5])).ci95)
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]]], dtype=torch.float64)  # (1, 2, 3)
+    y = torch.tensor([[0, 1]])
+    z, t = logits.numpy(), np.eye(3)[y.numpy()]
+    sigmoid = 1 / (1 + np.exp(-z))
+    expected = {
+        "cross_entropy": np.log(np.exp(z).sum(-1)) - (z * t).sum(-1),
+        "binary_cross_entropy": -(t * np.log(sigmoid) + (1 - t) * np.log(1 - sigmoid)).mean(-1),
+        "mse": ((z - t) ** 2).mean(-1),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(query_loss(name, logits, y), value, rtol=1e-12)
+        np.testing.assert_allclose(query_loss(name, logits[0], y[0]), value[0], rtol=1e-12)
+    targets = torch.tensor([[[1.0], [3.0]]])
+    assert query_loss("mse", torch.tensor([[[1.5], [1.0]]]), targets).tolist() == [[0.25, 4.0]]

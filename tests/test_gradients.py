@@ -53,7 +53,7 @@ def meta_gradient(learner, batch) -> dict[str, torch.Tensor]:
 def query_loss(net: nn.Module, episode: Episode, lr: float, steps: int, adapted: str) -> float:
     """The outer loss of MAML by plain autograd on a module with its parameters replaced."""
     phi = {k: v.detach().clone().requires_grad_() for k, v in net.named_parameters()}
-    names = [k for k in phi if adapted == "all" or k.startswith("head.")]
+    names = [k for k in phi if adapted in ("all", k.partition(".")[0])]
     for _ in range(steps):
         loss = F.cross_entropy(functional_call(net, phi, (episode.support_x,)), episode.support_y)
         for k, g in zip(names, torch.autograd.grad(loss, [phi[k] for k in names]), strict=True):
@@ -62,7 +62,7 @@ def query_loss(net: nn.Module, episode: Episode, lr: float, steps: int, adapted:
 
 
 @pytest.mark.parametrize("norm", ["batch_stats", "group"])
-@pytest.mark.parametrize("adapted", ["all", "head"])
+@pytest.mark.parametrize("adapted", ["all", "head", "body"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_maml_against_finite_differences(norm, adapted, steps):
     learner = maml(steps, adapted=adapted, norm=norm)
@@ -176,7 +176,7 @@ def test_running_statistics_and_other_ways_are_refused():
         maml(norm="batch")
     episode = task()
     keep = episode.support_y < 2
-    with pytest.raises(ValueError, match=r"n_way: 2 classes, but the head .* trained for 3"):
+    with pytest.raises(ValueError, match=r"n_way: 2 classes, but this MAML was trained for 3"):
         maml().adapt(episode.support_x[keep], episode.support_y[keep])
 
 

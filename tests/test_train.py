@@ -133,9 +133,7 @@ def test_evaluate_a_checkpoint_file_without_tracking(tmp_path, capsys):
 
 def test_the_head_of_maml_scores_no_other_number_of_ways():
     result = run_train("learner=maml", "data.meta_batch_size=1", "trainer.max_steps=10")
-    with pytest.raises(
-        UserError, match=r"n_way: found 3, but the head of this MAML was trained for 5"
-    ):
+    with pytest.raises(UserError, match=r"n_way: 3 classes, but this MAML was trained for 5"):
         evaluate.run(compose_config("evaluate", [f"run={result['run_id']}", "n_way=3"]))
 
 

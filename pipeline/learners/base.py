@@ -6,7 +6,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -14,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
+from pipeline.functional import Loss, accuracy, query_loss
 from pipeline.metrics import EpisodeAccuracy
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -29,12 +29,22 @@ class MetaLearner(pl.LightningModule, ABC):
         scheduler: of its rate, stepped once a training step (ReduceLROnPlateau: once a validation,
             by val/loss, of which a resumed run misses the one it was stopped after); None keeps
             the rate.
+        loss: of each query, see `functional.query_loss`.
+
+    Attributes:
+        n_way: classes of every task that this learner takes; None for any number.
     """
 
+    n_way: int | None = None
+
     def __init__(
-        self, optimizer: OptimizerFactory | None, scheduler: SchedulerFactory | None
+        self,
+        optimizer: OptimizerFactory | None,
+        scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
         super().__init__()
+        self.loss_name = loss
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._seed = torch.initial_seed() % 2**31
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
@@ -74,9 +84,21 @@ class MetaLearner(pl.LightningModule, ABC):
         """
         return torch.stack([self.adapt(t.support_x, t.support_y)(t.query_x) for t in batch.tasks()])
 
+    def check_ways(self, n_way: int) -> None:
+        """Refuse a task of another number of classes than this learner was built for.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if self.n_way not in (None, n_way):
+            raise ValueError(
+                f"n_way: {n_way} classes, but this {self.label} was trained for {self.n_way}; an "
+                "embedding learner (protonet) takes any number"
+            )
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of each query: (tasks, m, n_way), (tasks, m) -> (tasks, m)."""
-        return F.cross_entropy(logits.mT, y, reduction="none")
+        """Loss of each query: (..., m, n_way), (..., m) -> (..., m)."""
+        return query_loss(self.loss_name, logits, y)
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """What the outer optimiser descends, over a meta-batch.
@@ -86,7 +108,7 @@ class MetaLearner(pl.LightningModule, ABC):
         """
         logits = self.predict(batch)
         loss = self.loss(logits, batch.query_y).mean()
-        return loss, loss.detach(), (logits.argmax(2) == batch.query_y).float().mean()
+        return loss, loss.detach(), accuracy(logits, batch.query_y).mean()
 
     def compile_networks(self) -> None:
         """Have torch.compile speed up what it can, from the next step on."""
@@ -105,10 +127,10 @@ class MetaLearner(pl.LightningModule, ABC):
         return objective
 
     def _evaluate(
-        self, batch: Episode, split: str, accuracy: EpisodeAccuracy, loss: MeanMetric
+        self, batch: Episode, split: str, metric: EpisodeAccuracy, loss: MeanMetric
     ) -> None:
         logits = self.predict(batch)
-        accuracy.update((logits.argmax(2) == batch.query_y).float().mean(1))
+        metric.update(accuracy(logits, batch.query_y))
         loss.update(self.loss(logits, batch.query_y).mean(1))
         self.log(f"{split}/loss", loss, batch_size=len(batch.query_y))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.episode import Classifier, Episode
-from pipeline.functional import count_ways
+from pipeline.functional import Loss, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
@@ -23,8 +23,9 @@ class EmbeddingLearner(MetaLearner):
         backbone: nn.Module,
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, loss)
         self.backbone = backbone
 
     def embed(self, x: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ class EmbeddingLearner(MetaLearner):
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`."""
-        classify = self.head(self.embed(support_x), support_y, count_ways(support_y))
+        n_way = count_ways(support_y)
+        self.check_ways(n_way)
+        classify = self.head(self.embed(support_x), support_y, n_way)
         return lambda query_x: classify(self.embed(query_x))
 
     def embed_tasks(self, batch: Episode) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,13 +14,29 @@ from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import ChunkSize, Engine, chunks, each_task, resolve
 from pipeline.episode import Classifier, Episode
 from pipeline.errors import UserError
-from pipeline.functional import Params, accuracy, count_ways, gradient
+from pipeline.functional import Loss, Params, accuracy, count_ways, gradient
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 R = TypeVar("R")
-Adapted = Literal["all", "head"]
+Adapted = Literal["all", "head", "body"]
 Gradient = tuple[Params, Tensor, Tensor]
 """Meta-gradient, query loss and query accuracy."""
+
+
+class Bound(NamedTuple):
+    """The network at given meta-parameters, as functions of what the inner loop adapts.
+
+    Attributes:
+        phi: what is adapted, where it starts.
+        meta: meta-parameters that are none of the network's: learned rates and the like.
+        features: what all inner steps share, of images.
+        predict: logits of features under adapted parameters.
+    """
+
+    phi: Params
+    meta: Params
+    features: Callable[[Tensor], Tensor]
+    predict: Callable[[Params, Tensor], Tensor]
 
 
 class InnerCurve(NamedTuple):
@@ -36,14 +51,28 @@ class InnerCurve(NamedTuple):
     query_accuracy: list[float]
 
 
+def below(params: Params, name: str) -> Params:
+    """The entries of a module or `parameter_dict` of that name, without it."""
+    at = f"{name}."
+    return {k.removeprefix(at).replace("/", "."): v for k, v in params.items() if k.startswith(at)}
+
+
+def parameter_dict(params: Params) -> nn.ParameterDict:
+    """Parameters by the names of others, such as a rate for each; `below` reads them again."""
+    return nn.ParameterDict({k.replace(".", "/"): v for k, v in params.items()})
+
+
 class GradientLearner(MetaLearner):
-    """A network with a linear head whose parameters theta are a good place to start from.
+    """A network with a linear head whose parameters are a good place to start from.
+
+    The meta-parameters theta are all parameters of the learner by name: those of `net`, and what
+    else it learns of adaptation (rates, say), which `inner_loop` is given as `meta`.
 
     Args:
         backbone: the body; without running statistics, which an inner loop would mix over tasks.
         n_way: outputs of the head; this learner scores tasks of exactly that many classes.
         inner_steps, eval_inner_steps: steps of adaptation in training and in evaluation.
-        adapted: "all" parameters or only the "head" (ANIL).
+        adapted: "all" parameters, only the "head" (ANIL) or only the "body" (BOIL).
         engine: how the tasks of a meta-batch are run; see `engine`.
     """
 
@@ -57,8 +86,9 @@ class GradientLearner(MetaLearner):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, loss)
         self.engine, self._chunk_size, self._compiled = engine, ChunkSize(), False
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
             raise UserError(
@@ -68,41 +98,59 @@ class GradientLearner(MetaLearner):
         for part in backbone.modules():
             if isinstance(part, BatchStatsNorm):
                 part.fused = True  # every gradient is taken inside of vmap, or without it
-        self.n_way = n_way
+        self.n_way: int = n_way
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
         self.adapted = adapted
         head = nn.Linear(backbone.out_dim, n_way)  # type: ignore[arg-type]  # backbones have it
         self.net = nn.Sequential(OrderedDict(body=backbone, head=head))
 
     @abstractmethod
-    def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
-        """Adapt phi to one support set; x is what `_predict` takes."""
+    def inner_loop(
+        self, loss: Callable[[Params], Tensor], phi: Params, meta: Params, steps: int
+    ) -> Params:
+        """Adapt phi to one support set.
 
-    def _part(self, name: str) -> nn.Module:
-        return self.net.get_submodule(name)
+        Args:
+            loss: on the support set, of phi.
+            phi: where to start.
+            meta: see `Bound`.
+            steps: how many.
+        """
 
-    def _predict(self, phi: Params, x: Tensor) -> Tensor:
-        """Logits by the adapted part: of images, or of features where only the head adapts."""
-        return functional_call(self.net if self.adapted == "all" else self._part("head"), phi, (x,))
+    def theta(self) -> Params:
+        """All meta-parameters, as constants."""
+        return {k: v.detach() for k, v in self.named_parameters()}
 
-    def inner_loss(self, phi: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy on the support set, what the inner loop descends."""
-        return F.cross_entropy(self._predict(phi, x), y)
+    def bind(self, theta: Params) -> Bound:
+        """The network at theta, cut into what is adapted and what is not."""
+        net = below(theta, "net")
+        meta = {k: v for k, v in theta.items() if not k.startswith("net.")}
+        if self.adapted == "head":
+            features = self._at("body", below(net, "body"))
+            head = self.net.get_submodule("head")
+            return Bound(
+                below(net, "head"), meta, features, lambda p, z: functional_call(head, p, (z,))
+            )
+        fixed = {k: v for k, v in net.items() if self.adapted == "body" and k.startswith("head.")}
+        phi = {k: v for k, v in net.items() if k not in fixed}
+        return Bound(
+            phi, meta, lambda x: x, lambda p, x: functional_call(self.net, p | fixed, (x,))
+        )
+
+    def _at(self, part: str, parameters: Params) -> Callable[[Tensor], Tensor]:
+        module = self.net.get_submodule(part)
+        return lambda x: functional_call(module, parameters, (x,))
 
     def adapt_from(
         self, theta: Params, support_x: Tensor, support_y: Tensor, steps: int
     ) -> Classifier:
         """`adapt` as a function of theta; whether it is differentiable is up to `inner_loop`."""
-        if self.adapted == "all":
-            phi = self.inner_loop(theta, support_x, support_y, steps)
-            return lambda query_x: self._predict(phi, query_x)
-        body = {k.removeprefix("body."): v for k, v in theta.items() if k.startswith("body.")}
-        head = {k.removeprefix("head."): v for k, v in theta.items() if k.startswith("head.")}
-        features = functional_call(self._part("body"), body, (support_x,))  # once for all steps
-        phi = self.inner_loop(head, features, support_y, steps)
-        return lambda query_x: self._predict(
-            phi, functional_call(self._part("body"), body, (query_x,))
+        start, meta, features, predict = self.bind(theta)
+        z = features(support_x)  # once for all steps
+        phi = self.inner_loop(
+            lambda p: self.loss(predict(p, z), support_y).mean(), start, meta, steps
         )
+        return lambda query_x: predict(phi, features(query_x))
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Classifier:
         """See `MetaLearner.adapt`; `eval_inner_steps` steps from theta.
@@ -114,9 +162,9 @@ class GradientLearner(MetaLearner):
 
     def adapt_in(self, steps: int, support_x: Tensor, support_y: Tensor) -> Classifier:
         """`adapt` in another number of steps."""
-        self._check_ways(count_ways(support_y))
+        self.check_ways(count_ways(support_y))
         with torch.inference_mode(False):  # where `gradient` takes the slower way
-            theta = {k: v.detach() for k, v in self.net.named_parameters()}
+            theta = self.theta()
             if support_x.is_inference():  # autograd does not save such tensors
                 support_x, support_y = support_x.clone(), support_y.clone()
             return self.adapt_from(theta, support_x, support_y, steps)
@@ -130,18 +178,11 @@ class GradientLearner(MetaLearner):
         curve = InnerCurve([], [])
         for k in range(steps + 1):
             adapted = [(self.adapt_in(k, t.support_x, t.support_y), t) for t in batch.tasks()]
-            losses = [F.cross_entropy(c(t.support_x), t.support_y) for c, t in adapted]
+            losses = [self.loss(c(t.support_x), t.support_y).mean() for c, t in adapted]
             accuracies = [accuracy(c(t.query_x), t.query_y) for c, t in adapted]
             curve.support_loss.append(float(torch.stack(losses).mean()))
             curve.query_accuracy.append(float(torch.stack(accuracies).mean()))
         return curve
-
-    def _check_ways(self, n_way: int) -> None:
-        if n_way != self.n_way:
-            raise ValueError(
-                f"n_way: {n_way} classes, but the head of this learner was trained for "
-                f"{self.n_way}; an embedding learner (protonet) takes any number"
-            )
 
     def predict(self, batch: Episode) -> Tensor:
         """`adapt` to each task; on a GPU to a chunk of tasks at a time, which is the same."""
@@ -152,13 +193,13 @@ class GradientLearner(MetaLearner):
                 return learner.adapt(task.support_x, task.support_y)(task.query_x)
 
             return torch.stack(list(each_task(self, one, batch.tasks())))
-        self._check_ways(batch.n_way)
+        self.check_ways(batch.n_way)
         parts = self._chunks(batch, "predict", lambda part: self.stacked_predict(part))
         return torch.cat(list(parts))
 
     def stacked_predict(self, batch: Episode) -> Tensor:
         """`predict` with all tasks at once."""
-        theta = {k: v.detach() for k, v in self.net.named_parameters()}
+        theta = self.theta()
 
         def one(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
             return self.adapt_from(theta, support_x, support_y, self.eval_inner_steps)(query_x)
@@ -173,7 +214,7 @@ class GradientLearner(MetaLearner):
         def query_loss(theta: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
             logits = classify(task.query_x)
-            loss = F.cross_entropy(logits, task.query_y)
+            loss = self.loss(logits, task.query_y).mean()
             return loss, (loss.detach(), accuracy(logits, task.query_y))
 
         grads, (loss, acc) = gradient(query_loss, theta)
@@ -219,8 +260,7 @@ class GradientLearner(MetaLearner):
         and DDP need not know. Loss scaling (16-mixed) comes too late for the inner loop: on a GPU
         bf16-mixed is the safe half precision.
         """
-        theta = dict(self.net.named_parameters())
-        point = {k: v.detach() for k, v in theta.items()}
+        theta, point = dict(self.named_parameters()), self.theta()
         total = {k: torch.zeros_like(v) for k, v in point.items()}
         loss = acc = torch.zeros((), device=batch.query_y.device)
         for grads, task_loss, task_acc in self._gradients(point, batch):

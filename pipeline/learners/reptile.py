@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from pipeline.annotations import NonNegativeInt, PositiveInt, Ways
 from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.errors import UserError
-from pipeline.functional import Params, accuracy, gradient
+from pipeline.functional import Loss, Params, accuracy, gradient
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
-from pipeline.learners.gradient import Gradient, GradientLearner
+from pipeline.learners.gradient import Gradient, GradientLearner, below
 
 
 class Reptile(GradientLearner):
@@ -38,10 +39,12 @@ class Reptile(GradientLearner):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
+        loss: Loss = "cross_entropy",
     ) -> None:
         super().__init__(
-            backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler, engine
-        )
+            backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler, engine,
+            loss,
+        )  # fmt: skip
         self.make_inner_optimizer, self.inner_batch_size = inner_optimizer, inner_batch_size
         try:
             tried = inner_optimizer([nn.Parameter(torch.zeros(1, 1))])
@@ -50,23 +53,28 @@ class Reptile(GradientLearner):
         if type(tried).__name__ in ("Adafactor", "LBFGS", "Muon"):  # they mix the elements
             self.engine = "loop"
 
-    def inner_loop(self, phi: Params, x: Tensor, y: Tensor, steps: int) -> Params:
-        """`steps` steps of the inner optimiser, each on all of x."""
-        return self._descend(phi, [(x, y)] * steps, self._inner_gradient)
+    def inner_loop(
+        self, loss: Callable[[Params], Tensor], phi: Params, meta: Params, steps: int
+    ) -> Params:
+        """`steps` steps of the inner optimiser, each on the whole support set."""
+        return self._descend(phi, [()] * steps, lambda p: gradient(lambda q: (loss(q), ()), p)[0])
 
     def _inner_gradient(self, phi: Params, x: Tensor, y: Tensor) -> Params:
-        return gradient(lambda p: (self.inner_loss(p, x, y), ()), phi)[0]
+        return gradient(lambda p: (self.loss(self._predict(p, x), y).mean(), ()), phi)[0]
+
+    def _predict(self, phi: Params, x: Tensor) -> Tensor:
+        return functional_call(self.net, phi, (x,))
 
     def _descend(
         self,
-        theta: Params,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        grads_of: Callable[[Params, Tensor, Tensor], Params],
+        start: Params,
+        batches: Iterable[tuple[Tensor, ...]],
+        grads_of: Callable[..., Params],
     ) -> Params:
-        phi = {k: v.detach().clone() for k, v in theta.items()}
+        phi = {k: v.detach().clone() for k, v in start.items()}
         optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # any iterable
-        for x, y in batches:
-            for k, g in grads_of(phi, x, y).items():
+        for batch in batches:
+            for k, g in grads_of(phi, *batch).items():
                 phi[k].grad = g
             optimizer.step()
         return {k: v.detach() for k, v in phi.items()}
@@ -83,11 +91,12 @@ class Reptile(GradientLearner):
         """Theta - phi, with the query loss and accuracy of phi (not used by the step)."""
         parts = self._batches(len(task.support_y), int(task.id))
         batches = [(task.support_x[p], task.support_y[p]) for p in parts]
-        phi = self._descend(theta, batches, self._inner_gradient)
+        start = below(theta, "net")
+        phi = self._descend(start, batches, self._inner_gradient)
         with torch.no_grad():
             logits = self._predict(phi, task.query_x)
-            loss = nn.functional.cross_entropy(logits, task.query_y)
-        return {k: theta[k] - phi[k] for k in theta}, loss, accuracy(logits, task.query_y)
+            loss = self.loss(logits, task.query_y).mean()
+        return _towards(start, phi), loss, accuracy(logits, task.query_y)
 
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
         """See `GradientLearner.stacked_gradient`.
@@ -95,7 +104,8 @@ class Reptile(GradientLearner):
         One optimiser descends all tasks at once, as most work element by element.
         """
         tasks, m = batch.support_y.shape
-        stacked = {k: v.expand(tasks, *v.shape) for k, v in theta.items()}
+        start = below(theta, "net")
+        stacked = {k: v.expand(tasks, *v.shape) for k, v in start.items()}
         each = torch.arange(tasks).unsqueeze(1)
         orders = [self._batches(m, int(i)) for i in batch.id]
         parts = [torch.stack(step) for step in zip(*orders, strict=True)]  # (tasks, size) each
@@ -105,8 +115,7 @@ class Reptile(GradientLearner):
         with torch.no_grad():
             logits = torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
             loss = self.loss(logits, batch.query_y).mean(1)
-        acc = (logits.argmax(2) == batch.query_y).float().mean(1)
-        return {k: theta[k] - phi[k] for k in theta}, loss, acc
+        return _towards(start, phi), loss, accuracy(logits, batch.query_y)
 
     def compile_networks(self) -> None:
         """Refused: the inner loop is that of an optimiser."""
@@ -120,3 +129,8 @@ class Reptile(GradientLearner):
         grads_of = torch.vmap(self._inner_gradient, randomness="different")
         phi = self._descend(theta, batches, grads_of)
         return torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
+
+
+def _towards(start: Params, phi: Params) -> Params:
+    """The gradient whose descent moves the network towards phi."""
+    return {f"net.{k}": v - phi[k] for k, v in start.items()}
