@@ -45,13 +45,14 @@ def make_task(k_shot: int = 2, seed: int = 0) -> Episode:
     return data.on_after_batch_transfer(data._dataset("train")[[0]], 0).tasks()[0]
 
 
-def data_for(learner: MetaLearner) -> EpisodicDataModule:
-    return blob_data(images_per_batch=18 if learner.trains_on == "images" else None)
+def data_for(learner: MetaLearner, k_shot: int = 2) -> EpisodicDataModule:
+    images = 18 if learner.trains_on == "images" else None
+    return blob_data(images_per_batch=images, train_k_shot=k_shot)
 
 
-def make_batch(learner: MetaLearner, episodes: int) -> Batch:
+def make_batch(learner: MetaLearner, episodes: int, k_shot: int = 2) -> Batch:
     """So many episodes, or 18 images for a learner that trains on those."""
-    data = data_for(learner)
+    data = data_for(learner, k_shot)
     indices = list(range(data.images_per_batch or episodes))
     return data.on_after_batch_transfer(data._dataset("train")[indices], 0)
 
@@ -111,7 +112,8 @@ def test_every_parameter_gets_a_gradient(learner):
     if not trainable(learner):
         pytest.skip("untrained by design")
     learner.train()
-    learner.meta_loss(make_batch(learner, episodes=2))[0].backward()
+    batch = make_batch(learner, episodes=2, k_shot=5)  # as far as SNAIL's convolutions reach
+    learner.meta_loss(batch)[0].backward()
     for name, parameter in learner.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
