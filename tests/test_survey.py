@@ -57,7 +57,10 @@ def test_the_budget_is_the_same_for_all():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("learners=[protonett]", r"learners: no learner 'protonett' to train; there are .*protonet"),
+        (
+            "learners=[protonett]",
+            r"learners: no learner 'protonett' to train; there are .*protonet",
+        ),
         ("heads=[timm]", r"heads: no head 'timm'; there are .*tim"),
         ("images=0", r"images: found 0"),
         ("workers=none", r"workers: found 'none'"),

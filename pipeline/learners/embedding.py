@@ -1,7 +1,5 @@
 """EmbeddingLearner: one network embeds, a head on embeddings classifies. Floor 3."""
 
-from abc import abstractmethod
-
 import numpy as np
 import torch
 from torch import Tensor, nn
