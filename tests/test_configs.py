@@ -60,7 +60,7 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["learner=maml", "learner.inner_lr=-0.1"], ["learner.inner_lr: found -0.1"]),
         (["learner=maml", "learner.adapted=tail"], ["learner.adapted: found 'tail'"]),
         (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
-        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are loss, optimizer"]),
+        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are distance"]),
         (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
         (
             ["learner.optimizer._target_=torch.optim.Adamm"],
