@@ -37,12 +37,12 @@ def image_shape(data: DictConfig) -> tuple[int, int, int]:
 
 
 def with_source(
-    data: DictConfig, other: DictConfig, shape: Sequence[int], **changes: Any
+    data: DictConfig, other: DictConfig, shape: Sequence[int] | None = None, **changes: Any
 ) -> DictConfig:
     """The source of `other` under the episodic settings of `data`.
 
     Args:
-        shape: that its images are adapted to.
+        shape: that its images are adapted to; None leaves it to `data`.
 
     Raises:
         UserError: if one has classes and the other real targets.
@@ -53,7 +53,7 @@ def with_source(
             f"data: {_class_name(other)} has {kinds[0]}, but {_class_name(data)}, which this "
             f"learner is for, has {kinds[1]}"
         )
-    if module is EpisodicDataModule:
+    if shape and module is EpisodicDataModule:
         changes["image_shape"] = list(shape)
     episodic = episodic_keys(data)
     kept = {k: data[k] for k in data if k in episodic}

@@ -19,9 +19,10 @@ from pipeline.annotations import (
 )
 from pipeline.data.episodes import EpisodeDataset, EpisodeSampler, Range
 from pipeline.data.loaders import EpisodeLoaders, Split
+from pipeline.data.passes import ImageDataset, ImageSampler
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Images
 from pipeline.errors import UserError
 
 
@@ -43,6 +44,8 @@ class EpisodicDataModule(EpisodeLoaders):
         augmentation: of training images, or None.
         num_workers: loader processes; 0 gathers in a thread of the main process.
         image_shape: (C, H, W) that images are adapted to; the source's own by default.
+        images_per_batch: training steps of one process are over so many images of all training
+            classes, in place of episodes; None trains on episodes.
     """
 
     measure: ClassVar[Measure] = "acc"
@@ -70,12 +73,14 @@ class EpisodicDataModule(EpisodeLoaders):
         augmentation: Augmentation | None,
         num_workers: NonNegativeInt,
         image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None,
+        images_per_batch: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.source = source
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.train_shape = (_as_range(train_n_way), _as_range(train_k_shot), train_n_query)
         self.meta_batch_size, self.batches_per_epoch = meta_batch_size, batches_per_epoch
+        self.images_per_batch = images_per_batch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.seed, self.eval_seed = seed, eval_seed
         self.mean, self.std = mean, std
@@ -158,18 +163,22 @@ class EpisodicDataModule(EpisodeLoaders):
             try:
                 self._dataset(split)
             except UserError as error:
-                problems.append(f"data.{'train_' if split == 'train' else ''}{error}")
+                episodic = split == "train" and not self.images_per_batch
+                problems.append(f"data.{'train_' if episodic else ''}{error}")
         if problems:
             raise UserError("\n".join(problems))
 
-    def _dataset(self, split: Split) -> EpisodeDataset:
+    def _dataset(self, split: Split) -> EpisodeDataset | ImageDataset:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident, cuda = self.keep_on(device), device.type == "cuda"
+        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
+        if split == "train" and self.images_per_batch:
+            images = ImageSampler(self.pool.labels, self.classes(split), self.seed, split)
+            return ImageDataset(self.pool, images, resident, pin)
         shape: tuple[Range, Range, int] = (self.n_way, self.k_shot, self.n_query)
         group = 1
         if split == "train":
             shape, group = self.train_shape, self.meta_batch_size * self._world()[1]
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        resident, cuda = self.keep_on(device), device.type == "cuda"
-        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
         return EpisodeDataset(self.pool, self.sampler(split, *shape, group), resident, pin)
 
     def keep_on(self, device: torch.device) -> bool:
@@ -199,25 +208,31 @@ class EpisodicDataModule(EpisodeLoaders):
         n_way, k_shot = chosen.shape
         return x, torch.arange(n_way, device=device).repeat_interleave(k_shot)
 
+    @property
+    def _batch_size(self) -> int:
+        """Episodes or images in a training step of one process."""
+        return self.images_per_batch or self.meta_batch_size
+
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""
         return to_float(images, self.image_shape, self.mean, self.std)
 
-    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
         seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()]
-        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode alone
+        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode or image alone
 
-        def ready(images: Tensor) -> Tensor:
-            if images.dim() == 2:  # rows of the pool
+        def ready(images: Tensor, axes: int) -> Tensor:
+            """Images with so many axes in front of their own."""
+            if images.dim() == axes:  # rows of the pool
                 images = self.images(images, images.device)
-            tasks, m = images.shape[:2]
-            if augment:
-                images = torch.stack([augment(x, d) for x, d in zip(images, draws, strict=True)])
-            return self.prepare(images.flatten(0, 1)).unflatten(0, (tasks, m))
+            lead, flat = images.shape[:axes], images.flatten(0, axes - 1)
+            return self.prepare(augment(flat, *draws) if augment else flat).unflatten(0, lead)
 
-        return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
+        if isinstance(batch, Images):
+            return batch._replace(x=ready(batch.x, 1))
+        return batch._replace(support_x=ready(batch.support_x, 2), query_x=ready(batch.query_x, 2))
 
 
 def refuse_overlap(splits: Splits) -> None:

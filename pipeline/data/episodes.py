@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.pool import ImagePool
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Episode
 from pipeline.errors import UserError
 
 Range = int | tuple[int, int]
@@ -218,26 +218,30 @@ class EpisodeDataset(Dataset[Episode]):
         y = torch.arange(n_way).repeat_interleave(each).repeat(tasks, 1)  # (tasks, n_way*each)
         if self.indices_only:
             return torch.from_numpy(flat), y
-        shape = (*flat.shape, *self.pool.image_shape)
-        x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
-        np.take(self.pool.images, flat, axis=0, out=x.numpy(), mode="clip")  # unbuffered
-        return x, y
+        return gather(self.pool, flat, self.pin), y
+
+
+def gather(pool: ImagePool, rows: np.ndarray, pin: bool) -> Tensor:
+    """Images of a pool in one go: (...) -> (..., C, H, W) uint8."""
+    x = torch.empty((*rows.shape, *pool.image_shape), dtype=torch.uint8, pin_memory=pin)
+    np.take(pool.images, rows, axis=0, out=x.numpy(), mode="clip")  # unbuffered
+    return x
 
 
 class EpisodeBatches:
-    """Lists of episode indices: a stream cut into epochs and dealt to processes.
+    """Lists of indices, of episodes or of images: a stream cut into epochs and dealt to processes.
 
     Rank r of R takes the indices r, r+R, ... in as many batches as every other rank, as processes
     wait for each other at each batch.
 
     Args:
-        batch_size: most episodes in a batch of one process.
-        episodes: in an epoch, over all processes.
+        batch_size: most of them in a batch of one process.
+        episodes: how many in an epoch, over all processes.
         rank: of this process.
         world: number of processes.
         first: asked at each epoch for the index it begins with. Training answers with the number
-            of episodes seen so far, so a resumed run sees the very episodes it would have seen;
-            without an answer every epoch is the same.
+            seen so far, so a resumed run sees the very episodes it would have seen; without an
+            answer every epoch is the same.
     """
 
     def __init__(
@@ -266,13 +270,13 @@ class EpisodeBatches:
 class Prefetched:
     """Yields what a loader yields, while a thread makes the next item."""
 
-    def __init__(self, loader: DataLoader[Episode]) -> None:
+    def __init__(self, loader: DataLoader[Batch]) -> None:
         self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[Batch]:
         items = iter(self.loader)
         with ThreadPoolExecutor(1, "prefetch") as thread:
             following = thread.submit(next, items, None)

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.annotations import Measure
 from pipeline.data.episodes import EpisodeBatches, Prefetched
-from pipeline.episode import Episode
+from pipeline.episode import Batch
 
 Split = Literal["train", "val", "test"]
-Loader = DataLoader[Episode] | Prefetched
+Loader = DataLoader[Batch] | Prefetched
 
 
 class EpisodeLoaders(pl.LightningDataModule, ABC):
@@ -70,7 +70,7 @@ class EpisodeLoaders(pl.LightningDataModule, ABC):
         """The support set of one episode of a stream, as `adapt` takes it."""
 
     @abstractmethod
-    def _dataset(self, split: Split) -> Dataset[Episode]:
+    def _dataset(self, split: Split) -> Dataset[Any]:
         """The stream of a split in the shape that Lightning's loops see."""
 
     def stream_seed(self, split: Split) -> int:
@@ -86,14 +86,14 @@ class EpisodeLoaders(pl.LightningDataModule, ABC):
         return self.meta_batch_size
 
     def _seen(self) -> int:
-        """Training episodes drawn so far by all processes: what the optimiser steps stand for."""
+        """How many all processes have drawn so far: what the optimiser steps stand for."""
         if not self.trainer:
             return 0
         batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
         return batches * self._batch_size * self.trainer.world_size
 
     def _loader(self, split: Split, batches: EpisodeBatches) -> Loader:
-        loader = DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             self._dataset(split),
             sampler=batches,  # yields lists of indices: the data set stacks them
             batch_size=None,
@@ -104,14 +104,14 @@ class EpisodeLoaders(pl.LightningDataModule, ABC):
         return loader if self.num_workers else Prefetched(loader)
 
     def train_dataloader(self) -> Loader:
-        """Meta-batches of the endless training stream."""
+        """Batches of the endless training stream."""
         rank, world = self._world()
         batches_per_epoch = self.batches_per_epoch
         if self.trainer and self.trainer.max_steps > 0:  # a short training is validated at its end
             most = self.trainer.max_steps * self.trainer.accumulate_grad_batches
             batches_per_epoch = min(batches_per_epoch, most)
-        episodes = batches_per_epoch * self._batch_size * world
-        batches = EpisodeBatches(self._batch_size, episodes, rank, world, self._seen)
+        epoch = batches_per_epoch * self._batch_size * world
+        batches = EpisodeBatches(self._batch_size, epoch, rank, world, self._seen)
         return self._loader("train", batches)
 
     def val_dataloader(self) -> Loader:
@@ -126,7 +126,7 @@ class EpisodeLoaders(pl.LightningDataModule, ABC):
         return self._loader(split, EpisodeBatches(self.eval_batch, episodes, *self._world()))
 
     def transfer_batch_to_device(
-        self, batch: Episode, device: torch.device, dataloader_idx: int
-    ) -> Episode:
-        """All but the indices of the episodes, which are read on the CPU."""
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """All but the indices in the stream, which are read on the CPU."""
         return batch.each(lambda field: field.to(device, non_blocking=True))._replace(id=batch.id)

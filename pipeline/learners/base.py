@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from pipeline.metrics import EpisodeMean
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+TrainsOn = Literal["episodes", "images"]
 
 
 class MetaLearner(pl.LightningModule, ABC):
@@ -34,10 +35,12 @@ class MetaLearner(pl.LightningModule, ABC):
     Attributes:
         n_way: classes of every task that this learner takes; None for any number.
         regresses: whether it takes real targets too.
+        trains_on: what `meta_loss` is of, a batch of `episodes` or one of `images`.
     """
 
     regresses: ClassVar[bool] = False
     n_way: int | None = None
+    trains_on: ClassVar[TrainsOn] = "episodes"
 
     def __init__(
         self,
