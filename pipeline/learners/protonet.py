@@ -35,7 +35,7 @@ class ProtoNet(EmbeddingLearner):
     ) -> None:
         super().__init__(backbone, optimizer, scheduler, loss)
         self.distance = distance
-        self.scale = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
+        self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else scale
 
     @property
     def label(self) -> str:
