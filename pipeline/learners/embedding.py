@@ -1,13 +1,17 @@
 """EmbeddingLearner: one network embeds, a head on embeddings classifies. Floor 3."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.blocks import is_transductive
+from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier, Episode
 from pipeline.functional import Loss, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
+BASE_IMAGES = 2048  # training images whose mean embedding stands for that of all
 
 
 class EmbeddingLearner(MetaLearner):
@@ -52,7 +56,7 @@ class EmbeddingLearner(MetaLearner):
     @property
     def embeds_once(self) -> bool:
         """Whether images may be embedded apart from their episodes, and `head` does the rest."""
-        return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
+        return not is_transductive(self) and type(self).adapt is EmbeddingLearner.adapt
 
     def compile_networks(self) -> None:
         """See `MetaLearner.compile_networks`."""
@@ -87,3 +91,17 @@ class EmbeddingLearner(MetaLearner):
             return super().predict(batch)
         support_z, query_z = self.embed_tasks(batch)
         return self.heads(support_z, batch.support_y, query_z, batch.n_way)
+
+
+@torch.no_grad()
+def base_mean(learner: EmbeddingLearner, data: EpisodicDataModule) -> Tensor:
+    """(d,) mean embedding of up to `BASE_IMAGES` training images, evenly spread over the pool."""
+    was_training = learner.training
+    learner.eval()
+    images = np.flatnonzero(np.isin(data.pool.labels, data.classes("train")))
+    spread = np.linspace(0, len(images) - 1, min(BASE_IMAGES, len(images)))
+    chosen = torch.from_numpy(images[spread.astype(np.int64)])
+    parts = (data.prepare(data.images(c, learner.device)) for c in chosen.split(EMBED_BATCH))
+    mean = torch.cat([learner.embed(part) for part in parts]).mean(0)
+    learner.train(was_training)
+    return mean

@@ -208,16 +208,16 @@ class GradientLearner(MetaLearner):
             batch.support_x, batch.support_y, batch.query_x
         )
 
+    def task_loss(self, theta: Params, task: Episode) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Outer loss of one task as a function of theta, with query loss and accuracy to report."""
+        classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
+        logits = classify(task.query_x)
+        loss = self.loss(logits, task.query_y).mean()
+        return loss, (loss.detach(), accuracy(logits, task.query_y))
+
     def task_gradient(self, theta: Params, task: Episode) -> Gradient:
-        """Gradient of the query loss of one task after adaptation, with respect to theta."""
-
-        def query_loss(theta: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
-            logits = classify(task.query_x)
-            loss = self.loss(logits, task.query_y).mean()
-            return loss, (loss.detach(), accuracy(logits, task.query_y))
-
-        grads, (loss, acc) = gradient(query_loss, theta)
+        """Gradient of the outer loss of one task with respect to theta."""
+        grads, (loss, acc) = gradient(lambda at: self.task_loss(at, task), theta)
         return grads, loss, acc
 
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
