@@ -25,7 +25,11 @@ from pipeline.progress import Slow
 
 
 class FixedEpisodes(NamedTuple):
-    """Fixed episodes on which learners are compared."""
+    """Fixed episodes on which learners are compared.
+
+    Attributes:
+        scored_by: the head under which the network is tested; empty for the learner's own.
+    """
 
     name: str
     data: EpisodicDataModule
@@ -33,6 +37,7 @@ class FixedEpisodes(NamedTuple):
     k_shot: int
     n_query: int
     episodes: int
+    scored_by: str = ""
 
     def sampler(self) -> EpisodeSampler:
         """The stream of these episodes: the same for every learner and run."""
@@ -40,9 +45,10 @@ class FixedEpisodes(NamedTuple):
 
     @property
     def key(self) -> str:
-        """As metric names have it, e.g. digits_5w1s."""
+        """As names of metrics and files have it: digits_5w1s, under a head digits_5w1s_TIM."""
         name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
-        return f"{name}_{self.n_way}w{self.k_shot}s"
+        head = re.sub(r"[^\w.\-]+", "_", self.scored_by).strip("_")
+        return f"{name}_{self.n_way}w{self.k_shot}s" + (f"_{head}" if head else "")
 
 
 class Result(NamedTuple):

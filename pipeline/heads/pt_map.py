@@ -13,7 +13,6 @@ from pipeline.functional import prototypes, squared_distances
 from pipeline.heads.base import Head
 from pipeline.solvers import one_hot
 
-
 Sharpness = Annotated[float, Gt(0), Le(20)]
 """Squared distances reach 4; exp of -4 times more would be 0 in float32."""
 

@@ -21,6 +21,7 @@ from pipeline.functional import MeanInterval, mean_ci95
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 from pipeline.learners.gradient import GradientLearner
+from pipeline.learners.with_head import WithHead
 
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
@@ -179,24 +180,29 @@ def adaptation_seconds(
 ) -> float:
     """Median time to adapt to one task, images on the device already, in seconds.
 
+    A transductive head adapts when it sees the queries; its time is that of all the task.
+
     Args:
         learner: in whatever mode; timed in eval mode on the device it is on.
-        data, split, n_way, k_shot, n_query: whose first episodes are adapted to; their queries are
-            not looked at.
+        data, split, n_way, k_shot, n_query: whose first episodes are adapted to.
         tasks: how many are timed, one at a time.
     """
     device, was_training = learner.device, learner.training
     sampler = data.sampler(split, n_way, k_shot, n_query)
     y = torch.arange(n_way, device=device).repeat_interleave(k_shot)
+    with_queries = isinstance(learner, WithHead) and learner.top.transductive
     learner.eval()
     seconds = []
     with torch.inference_mode():
         for index in range(WARM_UP + tasks):
-            chosen = torch.from_numpy(sampler.sample([index]).support).flatten()
-            x = data.prepare(data.images(chosen, device))  # (n_way*k_shot, C, H, W)
+            support, query, _ = (torch.from_numpy(c).flatten() for c in sampler.sample([index]))
+            x = data.prepare(data.images(support, device))  # (n_way*k_shot, C, H, W)
+            queries = data.prepare(data.images(query, device))  # (n_way*n_query, C, H, W)
             _wait(device)
             start = time.perf_counter()
-            learner.adapt(x, y)
+            classify = learner.adapt(x, y)
+            if with_queries:
+                classify(queries)
             _wait(device)
             seconds.append(time.perf_counter() - start)
     learner.train(was_training)
