@@ -93,8 +93,8 @@ def _under_head(
         UserError: if the learner has no embeddings.
     """
     from pipeline import config
-    from pipeline.learners.embedding import EmbeddingLearner
-    from pipeline.learners.with_head import WithHead, base_mean
+    from pipeline.learners.embedding import EmbeddingLearner, base_mean
+    from pipeline.learners.with_head import WithHead
 
     if not isinstance(learner, EmbeddingLearner):
         raise UserError(
