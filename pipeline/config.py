@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
 from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
+from pipeline.heads.base import Head
 from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain, value_problem
 from pipeline.sources import data_module, data_problems, episodic_keys
@@ -80,7 +81,7 @@ _ROOT: dict[str, dict[str, Any]] = {
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
-_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
+_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
            "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
@@ -101,12 +102,15 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_root(cfg: DictConfig, command: str) -> None:
-    """Check the keys of a command that belong to no group.
+    """Check the keys of a command that belong to no group, and its head.
 
     Raises:
         UserError: one line for each problem.
     """
-    if problems := list(_root_problems(cfg, command)):
+    problems = list(_root_problems(cfg, command))
+    if command == "evaluate" and "head" in cfg:
+        problems += _node_problems(cfg.head, "head")
+    if problems:
         raise UserError("\n".join(problems))
 
 
@@ -204,6 +208,12 @@ def build_data(data: DictConfig) -> EpisodeLoaders:
     source = {k: data[k] for k in data if k not in episodic}
     parts = _instantiate(OmegaConf.create(episodic))
     return data_module(data)(_instantiate(OmegaConf.create(source)), **parts)
+
+
+def build_head(head: DictConfig) -> Head:
+    """The head of a checked `head` node."""
+    built: Head = _instantiate(head)
+    return built
 
 
 def build_learner(
