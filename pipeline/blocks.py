@@ -18,6 +18,7 @@ from pipeline.functional import plain_autograd
 
 Norm = Literal["batch", "batch_stats", "group", "none"]
 Downsample = Literal["max_pool", "stride"]
+Halving = Downsample | Literal["none"]
 
 
 class BatchStatsNorm(nn.Module):
@@ -82,15 +83,16 @@ def is_transductive(module: nn.Module) -> bool:
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, norm, halving by max-pool or stride, ReLU.
+    """3x3 convolution, norm, halving by max-pool or stride or none, ReLU.
 
     Pooling stands before ReLU, which gives the same numbers from a quarter of the elements. A
     convolution before a norm over the batch has no bias, which that norm would take away.
     """
 
-    def __init__(self, channels: int, width: int, norm: Norm, downsample: Downsample) -> None:
+    def __init__(self, channels: int, width: int, norm: Norm, downsample: Halving) -> None:
         super().__init__()
         self.stride = 2 if downsample == "stride" else 1
+        self.pool = 2 if downsample == "max_pool" else 1
         bias = norm not in ("batch", "batch_stats")
         self.conv = nn.Conv2d(channels, width, 3, self.stride, padding=1, bias=bias)
         self.norm = make_norm(norm, width)
@@ -102,7 +104,7 @@ class ConvBlock(nn.Module):
     def before_relu(self, x: Tensor) -> Tensor:
         """`forward` without its last step."""
         y = self.norm(_convolve(x, self.conv.weight, self.conv.bias, self.stride))
-        return y if self.stride == 2 else F.max_pool2d(y, 2)
+        return y if self.pool == 1 else F.max_pool2d(y, self.pool)
 
 
 class FirstBlock(ConvBlock):
@@ -122,7 +124,7 @@ class FirstBlock(ConvBlock):
         mean, var = self._moments(x)  # (width,) each, of the convolution's output
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         y = _convolve(x, self.conv.weight * scale.view(-1, 1, 1, 1), None, self.stride)
-        y = y if self.stride == 2 else F.max_pool2d(y, 2)
+        y = y if self.pool == 1 else F.max_pool2d(y, self.pool)
         return y + (norm.bias - mean * scale).to(y.dtype).view(-1, 1, 1)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ def _keep_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
 
 
 def conv_block(
-    channels: int, width: int, norm: Norm, downsample: Downsample, first: bool
+    channels: int, width: int, norm: Norm, downsample: Halving, first: bool
 ) -> ConvBlock:
     """The block that computes fastest."""
     few = first and channels <= 4 and norm in ("batch", "batch_stats")

@@ -5,7 +5,7 @@ names before anything is built, and all problems are reported together.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import hydra
 import torch
@@ -43,6 +43,7 @@ _ROOT: dict[str, dict[str, Any]] = {
         "experiment_name": Annotated[str, MinLen(1)],
         "run_name": str | None,
         "resume": str | None,
+        "init_from": str | None,
     },
     "evaluate": {
         "run": str | None,
@@ -63,11 +64,25 @@ _ROOT: dict[str, dict[str, Any]] = {
         "episodes": PositiveInt | None,
         "out": str | None,
     },
+    "survey": {
+        "learners": Annotated[list[str], MinLen(1)] | None,
+        "heads": list[str] | None,
+        "heads_on": str,
+        "images": PositiveInt,
+        "half": dict[str, str],
+        "data": dict[str, list[str]],
+        "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
+        "episodes": PositiveInt,
+        "overrides": list[str],
+        "workers": PositiveInt | Literal["auto"],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "out": Annotated[str, MinLen(1)],
+    },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
 _GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
-           "report": set(), "ui": set()}  # fmt: skip
+           "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
@@ -102,6 +117,8 @@ def _root_problems(cfg: DictConfig, command: str) -> Iterator[str]:
     for key in sorted(map(str, cfg.keys() - allowed)):
         yield f"{key}: unknown key; allowed are {', '.join(sorted(allowed))}"
     for key, annotation in known.items():
+        if OmegaConf.is_missing(cfg, key):
+            continue  # said already
         if key not in cfg:
             yield f"{key}: needs a value (none is given)"
         elif problem := value_problem(cfg[key], annotation):
@@ -148,12 +165,18 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
-    learner = hydra.utils.get_class(cfg.learner._target_)
+    learner: type[MetaLearner] = hydra.utils.get_class(cfg.learner._target_)
     ways = cfg.data.train_n_way
     if "n_way" in parameters(learner) and ways != cfg.data.n_way:
         yield (
             f"data.train_n_way: found {plain(ways)}, but {learner.__name__} is built for "
             f"data.n_way={cfg.data.n_way} classes; both must be the same number"
+        )
+    on_images = learner.trains_on == "images"
+    if on_images != bool(number := cfg.data.get("images_per_batch")):
+        yield (
+            f"data.images_per_batch: found {number}, but {learner.__name__} trains on "
+            f"{learner.trains_on}; {'give a number' if on_images else 'must be null'}"
         )
     optimizer = cfg.learner.get("optimizer")
     if not optimizer and not cfg.test:

@@ -1,4 +1,4 @@
-"""Episode: the one place that defines the shapes of a task. Floor 0."""
+"""Episode and Images: the one place that defines the shapes of a batch. Floor 0."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,3 +48,25 @@ class Episode(NamedTuple):
     def part(self, tasks: int | slice) -> "Episode":
         """One task of a meta-batch, or some with their tasks axis."""
         return self.each(lambda field: field[tasks])
+
+
+class Images(NamedTuple):
+    """A batch of images of all training classes, for learners that train an ordinary classifier.
+
+    Attributes:
+        x: (b, C, H, W), uint8 as the loader yields them and float once they are on the device.
+        y: (b,) int64, position of the class among those of the training split.
+        id: (b,) int64, index of each image in its stream; stays on the CPU.
+    """
+
+    x: Tensor
+    y: Tensor
+    id: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Images":
+        """The function of every tensor."""
+        return Images(*map(function, self))
+
+
+Batch = Episode | Images
+"""What a step of training is over."""

@@ -42,6 +42,23 @@ def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
     return (member.T @ support_z) / member.sum(0).unsqueeze(1)
 
 
+def canonical_order(support_z: Tensor, support_y: Tensor) -> Tensor:
+    """An order of the support set that does not depend on the one it came in.
+
+    For learners that read it as a sequence: by class, then by the sum of the embedding.
+
+    Args:
+        support_z: (..., m, d).
+        support_y: (..., m).
+
+    Returns:
+        (..., m) indices.
+    """
+    by_sum = support_z.sum(-1).argsort(-1)
+    by_class = support_y.gather(-1, by_sum).argsort(dim=-1, stable=True)
+    return by_sum.gather(-1, by_class)
+
+
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distance of every row of a to every row of b: (m, d), (n, d) -> (m, n)."""
     with torch.autocast(a.device.type, enabled=False):  # the difference cancels in half precision

@@ -60,7 +60,7 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["learner=maml", "learner.inner_lr=-0.1"], ["learner.inner_lr: found -0.1"]),
         (["learner=maml", "learner.adapted=tail"], ["learner.adapted: found 'tail'"]),
         (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
-        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are loss, optimizer"]),
+        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are distance"]),
         (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
         (
             ["learner.optimizer._target_=torch.optim.Adamm"],
@@ -77,6 +77,20 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
             ["learner=maml", "data.train_n_way=7"],
             ["data.train_n_way: found 7, but Maml is built for"],
         ),
+        (
+            ["learner=baseline", "data.images_per_batch=null"],
+            ["data.images_per_batch: found None, but Transfer trains on images; give a number"],
+        ),
+        (
+            ["data.images_per_batch=8"],
+            ["data.images_per_batch: found 8, but ProtoNet trains on episodes; must be null"],
+        ),
+        (
+            ["learner=baseline", "learner.n_train_classes=1"],
+            ["learner.n_train_classes: found 1; Input should be greater than or equal to 2"],
+        ),
+        (["init_from=7"], ["init_from: found 7; Input should be a valid string"]),
+        (["init_from=???"], ["init_from: needs a value (none is given)"]),
         (["+trainer.max_stepss=3"], ["trainer.max_stepss: unknown key; allowed are accelerator"]),
         (["+trainer.max_epochs=3"], ["trainer.max_epochs: is set by the pipeline"]),
         (["trainer.max_steps=abc"], ["trainer.max_steps: found 'abc'"]),

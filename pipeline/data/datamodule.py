@@ -19,13 +19,14 @@ from pipeline.annotations import (
     WaysRange,
 )
 from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Prefetched, Range
+from pipeline.data.passes import ImageDataset, ImageSampler
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Images
 from pipeline.errors import UserError
 
 Split = Literal["train", "val", "test"]
-Loader = DataLoader[Episode] | Prefetched
+Loader = DataLoader[Batch] | Prefetched
 EVAL_BATCH = 16  # episodes that are validated in one step
 
 
@@ -47,6 +48,8 @@ class EpisodicDataModule(pl.LightningDataModule):
         augmentation: of training images, or None.
         num_workers: loader processes; 0 gathers in a thread of the main process.
         image_shape: (C, H, W) that images are adapted to; the source's own by default.
+        images_per_batch: training steps of one process are over so many images of all training
+            classes, in place of episodes; None trains on episodes.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class EpisodicDataModule(pl.LightningDataModule):
         augmentation: Augmentation | None,
         num_workers: NonNegativeInt,
         image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None,
+        images_per_batch: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.source = source
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.train_shape = (_as_range(train_n_way), _as_range(train_k_shot), train_n_query)
         self.meta_batch_size, self.batches_per_epoch = meta_batch_size, batches_per_epoch
+        self.images_per_batch = images_per_batch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.seed, self.eval_seed = seed, eval_seed
         self.mean, self.std = mean, std
@@ -143,18 +148,22 @@ class EpisodicDataModule(pl.LightningDataModule):
             try:
                 self._dataset(split)
             except UserError as error:
-                problems.append(f"data.{'train_' if split == 'train' else ''}{error}")
+                episodic = split == "train" and not self.images_per_batch
+                problems.append(f"data.{'train_' if episodic else ''}{error}")
         if problems:
             raise UserError("\n".join(problems))
 
-    def _dataset(self, split: Split) -> EpisodeDataset:
+    def _dataset(self, split: Split) -> EpisodeDataset | ImageDataset:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident, cuda = self.keep_on(device), device.type == "cuda"
+        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
+        if split == "train" and self.images_per_batch:
+            images = ImageSampler(self.pool.labels, self.classes(split), self.seed, split)
+            return ImageDataset(self.pool, images, resident, pin)
         shape: tuple[Range, Range, int] = (self.n_way, self.k_shot, self.n_query)
         group = 1
         if split == "train":
             shape, group = self.train_shape, self.meta_batch_size * self._world()[1]
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        resident, cuda = self.keep_on(device), device.type == "cuda"
-        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
         return EpisodeDataset(self.pool, self.sampler(split, *shape, group), resident, pin)
 
     def keep_on(self, device: torch.device) -> bool:
@@ -178,15 +187,20 @@ class EpisodicDataModule(pl.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    @property
+    def _batch_size(self) -> int:
+        """Episodes or images in a training step of one process."""
+        return self.images_per_batch or self.meta_batch_size
+
     def _seen(self) -> int:
-        """Training episodes drawn so far by all processes: what the optimiser steps stand for."""
+        """How many all processes have drawn so far: what the optimiser steps stand for."""
         if not self.trainer:
             return 0
         batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return batches * self.meta_batch_size * self.trainer.world_size
+        return batches * self._batch_size * self.trainer.world_size
 
     def _loader(self, split: Split, batches: EpisodeBatches) -> Loader:
-        loader = DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             self._dataset(split),
             sampler=batches,  # yields lists of indices: the data set stacks them
             batch_size=None,
@@ -197,14 +211,14 @@ class EpisodicDataModule(pl.LightningDataModule):
         return loader if self.num_workers else Prefetched(loader)
 
     def train_dataloader(self) -> Loader:
-        """Meta-batches of the endless training stream."""
+        """Batches of the endless training stream, of episodes or of images."""
         rank, world = self._world()
         batches_per_epoch = self.batches_per_epoch
         if self.trainer and self.trainer.max_steps > 0:  # a short training is validated at its end
             most = self.trainer.max_steps * self.trainer.accumulate_grad_batches
             batches_per_epoch = min(batches_per_epoch, most)
-        episodes = batches_per_epoch * self.meta_batch_size * world
-        batches = EpisodeBatches(self.meta_batch_size, episodes, rank, world, self._seen)
+        epoch = batches_per_epoch * self._batch_size * world
+        batches = EpisodeBatches(self._batch_size, epoch, rank, world, self._seen)
         return self._loader("train", batches)
 
     def val_dataloader(self) -> Loader:
@@ -220,26 +234,27 @@ class EpisodicDataModule(pl.LightningDataModule):
         return to_float(images, self.image_shape, self.mean, self.std)
 
     def transfer_batch_to_device(
-        self, batch: Episode, device: torch.device, dataloader_idx: int
-    ) -> Episode:
-        """All but the indices of the episodes, which are read on the CPU."""
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """All but the indices in the stream, which are read on the CPU."""
         return batch.each(lambda field: field.to(device, non_blocking=True))._replace(id=batch.id)
 
-    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
         seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()]
-        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode alone
+        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode or image alone
 
-        def ready(images: Tensor) -> Tensor:
-            if images.dim() == 2:  # rows of the pool
+        def ready(images: Tensor, axes: int) -> Tensor:
+            """Images with so many axes in front of their own."""
+            if images.dim() == axes:  # rows of the pool
                 images = self.images(images, images.device)
-            tasks, m = images.shape[:2]
-            if augment:
-                images = torch.stack([augment(x, d) for x, d in zip(images, draws, strict=True)])
-            return self.prepare(images.flatten(0, 1)).unflatten(0, (tasks, m))
+            lead, flat = images.shape[:axes], images.flatten(0, axes - 1)
+            return self.prepare(augment(flat, *draws) if augment else flat).unflatten(0, lead)
 
-        return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
+        if isinstance(batch, Images):
+            return batch._replace(x=ready(batch.x, 1))
+        return batch._replace(support_x=ready(batch.support_x, 2), query_x=ready(batch.query_x, 2))
 
 
 def refuse_overlap(splits: Splits) -> None:

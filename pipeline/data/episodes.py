@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.pool import ImagePool
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Episode
 from pipeline.errors import UserError
 
 Range = int | tuple[int, int]
@@ -43,6 +43,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def stream_key(name: str) -> np.ndarray:
+    """The key of a stream of random numbers, from its name: () uint64."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64).reshape(())
 
 
 def choose_distinct(key: np.ndarray, population: np.ndarray, m: int, stream: int) -> np.ndarray:
@@ -118,8 +124,7 @@ class EpisodeSampler:
         starts = np.searchsorted(labels[order], self.classes, side="left")
         ends = np.searchsorted(labels[order], self.classes, side="right")
         self._order, self._starts, self._sizes = order, starts, ends - starts
-        digest = hashlib.sha256(f"{seed}/{split}".encode()).digest()
-        self._key = np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)[0]
+        self._key = stream_key(f"{seed}/{split}")
         self._check(split, class_names)
 
     def _check(self, split: str, class_names: Sequence[str]) -> None:
@@ -203,26 +208,30 @@ class EpisodeDataset(Dataset[Episode]):
         y = torch.arange(n_way).repeat_interleave(each).repeat(tasks, 1)  # (tasks, n_way*each)
         if self.indices_only:
             return torch.from_numpy(flat), y
-        shape = (*flat.shape, *self.pool.image_shape)
-        x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
-        np.take(self.pool.images, flat, axis=0, out=x.numpy(), mode="clip")  # unbuffered
-        return x, y
+        return gather(self.pool, flat, self.pin), y
+
+
+def gather(pool: ImagePool, rows: np.ndarray, pin: bool) -> Tensor:
+    """Images of a pool in one go: (...) -> (..., C, H, W) uint8."""
+    x = torch.empty((*rows.shape, *pool.image_shape), dtype=torch.uint8, pin_memory=pin)
+    np.take(pool.images, rows, axis=0, out=x.numpy(), mode="clip")  # unbuffered
+    return x
 
 
 class EpisodeBatches:
-    """Lists of episode indices: a stream cut into epochs and dealt to processes.
+    """Lists of indices, of episodes or of images: a stream cut into epochs and dealt to processes.
 
     Rank r of R takes the indices r, r+R, ... in as many batches as every other rank, as processes
     wait for each other at each batch.
 
     Args:
-        batch_size: most episodes in a batch of one process.
-        episodes: in an epoch, over all processes.
+        batch_size: most of them in a batch of one process.
+        episodes: how many in an epoch, over all processes.
         rank: of this process.
         world: number of processes.
         first: asked at each epoch for the index it begins with. Training answers with the number
-            of episodes seen so far, so a resumed run sees the very episodes it would have seen;
-            without an answer every epoch is the same.
+            seen so far, so a resumed run sees the very episodes it would have seen; without an
+            answer every epoch is the same.
     """
 
     def __init__(
@@ -251,13 +260,13 @@ class EpisodeBatches:
 class Prefetched:
     """Yields what a loader yields, while a thread makes the next item."""
 
-    def __init__(self, loader: DataLoader[Episode]) -> None:
+    def __init__(self, loader: DataLoader[Batch]) -> None:
         self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[Batch]:
         items = iter(self.loader)
         with ThreadPoolExecutor(1, "prefetch") as thread:
             following = thread.submit(next, items, None)

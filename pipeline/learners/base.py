@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from pipeline.metrics import EpisodeAccuracy
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+TrainsOn = Literal["episodes", "images"]
 
 
 class MetaLearner(pl.LightningModule, ABC):
@@ -33,9 +34,11 @@ class MetaLearner(pl.LightningModule, ABC):
 
     Attributes:
         n_way: classes of every task that this learner takes; None for any number.
+        trains_on: what `meta_loss` is of, a batch of `episodes` or one of `images`.
     """
 
     n_way: int | None = None
+    trains_on: ClassVar[TrainsOn] = "episodes"
 
     def __init__(
         self,

@@ -1,0 +1,76 @@
+"""Baseline and Baseline++. Chen, Liu, Kira, Wang, Huang 2019, https://arxiv.org/abs/1904.04232."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.annotations import NonNegativeInt, PositiveFloat
+from pipeline.episode import Classifier
+from pipeline.functional import prototypes
+from pipeline.heads.base import Head
+from pipeline.heads.descent import adam
+from pipeline.solvers import indicators
+
+
+class Baseline(Head):
+    """A new last layer, trained on the support set for a while.
+
+    Baseline is linear with a bias, from zero. Baseline++ gives scaled cosines to class weights,
+    from the class means. The paper trains by SGD on batches of four from random weights; here
+    Adam sees the whole set, so that neither order nor chance matters.
+
+    Args:
+        cosine: Baseline++.
+        steps, lr: of Adam.
+        scale: of the cosines.
+        weight_decay: times the weights is added to their gradient.
+    """
+
+    transductive = False
+
+    def __init__(
+        self,
+        cosine: bool,
+        steps: NonNegativeInt,
+        lr: PositiveFloat,
+        scale: PositiveFloat,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.cosine, self.steps, self.lr = cosine, steps, lr
+        self.scale, self.weight_decay = scale, weight_decay
+
+    @property
+    def label(self) -> str:
+        """As the paper has it."""
+        return "Baseline++" if self.cosine else "Baseline"
+
+    def forward(
+        self, support_z: Tensor, support_y: Tensor, n_way: int, base_mean: Tensor
+    ) -> Classifier:
+        """See `Head.forward`."""
+        start = prototypes(support_z, support_y, n_way)  # (n_way, d)
+        if self.cosine:
+            start = F.normalize(start, dim=1)
+        else:
+            start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
+        y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
+        w = adam(torch.func.grad(lambda w: self.loss(w, support_z, y)), start, self.lr, self.steps)
+        return lambda query_z: self._logits(w, query_z).T
+
+    def _logits(self, w: Tensor, z: Tensor) -> Tensor:
+        """Weights and embeddings (m, d) -> (n_way, m)."""
+        if self.cosine:
+            return self.scale * (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T)
+        return w[:, :-1] @ z.T + w[:, -1:]
+
+    def loss(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy and half the decay times the squared weights: what is descended.
+
+        Args:
+            w: (n_way, d), of Baseline (n_way, d+1).
+            z: (m, d).
+            y: (n_way, m), labels as zeros and ones.
+        """
+        fit = -(y * self._logits(w, z).log_softmax(0)).sum(0).mean()
+        return fit + self.weight_decay / 2 * w.square().sum()
