@@ -65,13 +65,25 @@ class EmbeddingLearner(MetaLearner):
         classify = self.head(self.embed(support_x), support_y, n_way)
         return lambda query_x: classify(self.embed(query_x))
 
+    def embed_tasks(self, batch: Episode) -> tuple[Tensor, Tensor]:
+        """Embeddings of a meta-batch, (tasks, s, d) and (tasks, q, d): as `adapt` makes them.
+
+        All images pass through the network at once where that is the same.
+        """
+        tasks, n_support = batch.support_y.shape
+        if not self.embeds_once:
+            pairs = [(self.embed(t.support_x), self.embed(t.query_x)) for t in batch.tasks()]
+            support_z, query_z = map(torch.stack, zip(*pairs, strict=True))
+            return support_z, query_z
+        images = torch.cat([batch.support_x, batch.query_x], dim=1)  # (tasks, s+q, C, H, W)
+        flat = images.flatten(0, 1)
+        parts = [flat] if self.training else flat.split(EMBED_BATCH)  # no norm sees its batch then
+        z = torch.cat([self.embed(part) for part in parts]).unflatten(0, (tasks, -1))
+        return z[:, :n_support], z[:, n_support:]
+
     def predict(self, batch: Episode) -> Tensor:
         """Embeds all images of the meta-batch in one pass where that is the same."""
         if not self.embeds_once:
             return super().predict(batch)
-        images = torch.cat([batch.support_x, batch.query_x], dim=1)  # (tasks, s+q, C, H, W)
-        tasks, n_support = batch.support_y.shape
-        flat = images.flatten(0, 1)
-        parts = [flat] if self.training else flat.split(EMBED_BATCH)  # no norm sees its batch then
-        z = torch.cat([self.embed(part) for part in parts]).unflatten(0, (tasks, -1))
-        return self.heads(z[:, :n_support], batch.support_y, z[:, n_support:], batch.n_way)
+        support_z, query_z = self.embed_tasks(batch)
+        return self.heads(support_z, batch.support_y, query_z, batch.n_way)
