@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.annotations import NonNegativeInt, PositiveFloat, PositiveInt, Ways
+from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.functional import Loss, Params, accuracy, conjugate_gradient, gradient, hessian
@@ -51,6 +52,9 @@ class Imaml(GradientLearner):
             backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler, engine,
             loss,
         )  # fmt: skip
+        for part in backbone.modules():
+            if isinstance(part, BatchStatsNorm):
+                part.fused = False  # the fused one has no second derivative for `hessian` in a vmap
         self.inner_lr, self.inner_rule = inner_lr, inner_rule
         self.regularization, self.cg_steps = regularization, cg_steps
 
