@@ -7,6 +7,7 @@ import torch
 from pipeline.annotations import Measure, NonNegativeInt, PositiveInt
 from pipeline.data.functions import FunctionEpisodes, FunctionFamily
 from pipeline.data.loaders import EpisodeLoaders, Split
+from pipeline.episode import Episode
 
 
 class RegressionDataModule(EpisodeLoaders):
