@@ -33,7 +33,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     quieten()
     import torch
 
-    from pipeline import checkpoints, config, reporting
+    from pipeline import checkpoints, config, reporting, sources
     from pipeline.engine import keep_freed_memory
     from pipeline.scoreboard import make_test_sets, other_sources
     from pipeline.seen import refuse_seen
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config.check_root(cfg, "evaluate")
     path = find_checkpoint(cfg.run, "best") if cfg.run else Path(cfg.checkpoint)
     trained = checkpoints.restore_config(path)
-    image_shape = tuple(trained.data.image_shape)
+    image_shape = sources.image_shape(trained.data)
     source = cfg.data if "data" in cfg else trained.data
     changes = {k: cfg[k] for k in ("n_way", "n_query") if cfg[k] is not None}
     if cfg.episodes is not None:
@@ -69,9 +69,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             learner.check_ways(cfg.n_way)
         except ValueError as error:
             raise UserError(str(error)) from error
-    trained.data = config.with_source(
-        trained.data, source, image_shape=list(image_shape), **changes
-    )
+    trained.data = sources.with_source(trained.data, source, image_shape, **changes)
     config.check(trained)
     data = config.build_data(trained.data)
     sets = [s._replace(scored_by=scored_by) for s in make_test_sets(trained, data, others, shots)]
@@ -93,8 +91,9 @@ def _under_head(
         UserError: if the learner has no embeddings.
     """
     from pipeline import config
-    from pipeline.learners.embedding import EmbeddingLearner
-    from pipeline.learners.with_head import WithHead, base_mean
+    from pipeline.data.datamodule import EpisodicDataModule
+    from pipeline.learners.embedding import EmbeddingLearner, base_mean
+    from pipeline.learners.with_head import WithHead
 
     if not isinstance(learner, EmbeddingLearner):
         raise UserError(
@@ -103,7 +102,11 @@ def _under_head(
         )
     head = config.build_head(cfg.head)
     changed = ", ".join(o.removeprefix("head.") for o in overrides if o.startswith("head."))
-    centre = base_mean(learner, config.build_data(trained_on)) if head.features == "CL2N" else None
+    centre = None
+    if head.features == "CL2N":
+        images = config.build_data(trained_on)
+        assert isinstance(images, EpisodicDataModule)  # an embedding learner sees no other
+        centre = base_mean(learner, images)
     return WithHead(learner, head, centre, f" ({changed})" if changed else "").eval()
 
 

@@ -20,7 +20,7 @@ FLOORS = {
         "data.episodes",
         "data.transforms",
     ],
-    2: ["data.datamodule"],
+    2: ["data.loaders", "data.datamodule", "data.regression"],
     3: ["learners.*", "progress"],
     4: [
         "compose",
@@ -29,7 +29,9 @@ FLOORS = {
         "trainer",
         "config",
         "checkpoints",
+        "sources",
         "scoreboard",
+        "tables",
         "seen",
         "trained",
         "reporting",
@@ -37,21 +39,23 @@ FLOORS = {
         "leaderboard",
         "sections",
         "pages",
+        "plan",
+        "overview",
         "tracking.*",
     ],
-    5: ["train", "sweep", "study.*", "evaluate", "report", "ui", "cli", "__main__"],
+    5: ["train", "sweep", "study.*", "evaluate", "report", "survey", "ui", "cli", "__main__"],
 }
 ALLOWED = {  # library -> the floors or modules that may import it
     "mlflow": {"tracking"},
     "optuna": {"study"},
-    "hydra": {"compose", "config"},
+    "hydra": {"compose", "config", "plan", "overview"},
     "omegaconf": {4, 5},
     "pytorch_lightning": {2, 3, 4, 5},
     "matplotlib": {"figures"},
     "plotly": {"plots", "pages"},
     "scipy": {"paired"},
 }
-LIGHT = ["train", "sweep", "evaluate", "report", "ui", "cli", "compose", "processes", "__main__",
+LIGHT = ["train", "sweep", "evaluate", "report", "survey", "ui", "cli", "compose", "processes", "__main__",
          "__init__"]  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.heads.base import Head
-from pipeline.learners import with_head
+from pipeline.learners import embedding, with_head
+from pipeline.learners.embedding import base_mean
 from pipeline.learners.evaluation import Scorer, adaptation_seconds
-from pipeline.learners.with_head import WithHead, base_mean
+from pipeline.learners.with_head import WithHead
 from tests.conftest import blob_data
 from tests.test_learners import build, make_task
 
@@ -178,7 +179,7 @@ def test_the_base_mean_is_of_training_images(monkeypatch):
     rows = [i for i, label in enumerate(pool.labels) if label in data.classes("train")]
     z = learner.embed(data.prepare(torch.from_numpy(pool.images[rows])))
     torch.testing.assert_close(found, z.mean(0).detach())
-    monkeypatch.setattr(with_head, "BASE_SAMPLE", 5)
+    monkeypatch.setattr(embedding, "BASE_IMAGES", 5)
     few = z[[i * (len(rows) - 1) // 4 for i in range(5)]].mean(0).detach()
     torch.testing.assert_close(base_mean(learner, data), few)
 

@@ -9,7 +9,7 @@ from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Head
 from pipeline.heads.descent import adam
-from pipeline.solvers import one_hot
+from pipeline.solvers import indicators
 
 
 class Baseline(Head):
@@ -52,7 +52,7 @@ class Baseline(Head):
         start = F.normalize(prototypes(support_z, support_y, n_way), dim=1)  # (n_way, d)
         if not self.cosine:
             start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
-        y = one_hot(support_y, n_way, support_z.dtype).T  # (n_way, m)
+        y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
         w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps)
         return lambda query_z: self._logits(w, query_z).T
 

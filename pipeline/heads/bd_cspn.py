@@ -7,7 +7,7 @@ from pipeline.annotations import PositiveFloat
 from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Features, Head, cosine, prepared
-from pipeline.solvers import one_hot
+from pipeline.solvers import indicators
 
 
 def rectified_prototypes(
@@ -31,7 +31,7 @@ def rectified_prototypes(
     z = torch.cat([support_z, query_z])  # (m+q, d)
     similarity = cosine(z, prototypes(support_z, support_y, n_way))  # (m+q, n_way)
     guessed = similarity[len(support_y) :].argmax(1)
-    member = one_hot(torch.cat([support_y, guessed]), n_way, z.dtype)
+    member = indicators(torch.cat([support_y, guessed]), n_way, z.dtype).T
     weight = member * (sharpness * (similarity - 1)).exp()  # at most 1
     return (weight / weight.sum(0)).T @ z
 

@@ -11,7 +11,7 @@ from pipeline.annotations import Fraction, NonNegativeInt, PositiveInt
 from pipeline.episode import Classifier
 from pipeline.functional import prototypes, squared_distances
 from pipeline.heads.base import Head
-from pipeline.solvers import one_hot
+from pipeline.solvers import indicators
 
 Sharpness = Annotated[float, Gt(0), Le(20)]
 """Squared distances reach 4; exp of -4 times more would be 0 in float32."""
@@ -60,7 +60,7 @@ def matched(
         (q, n_way) logarithms of the last assignment.
     """
     means = prototypes(support_z, support_y, n_way)  # (n_way, d)
-    y = one_hot(support_y, n_way, support_z.dtype)
+    y = indicators(support_y, n_way, support_z.dtype).T
     z = torch.cat([support_z, query_z])  # (m+q, d)
     for _ in range(steps):
         plan = sinkhorn(squared_distances(query_z, means), sharpness, sinkhorn_steps).exp()

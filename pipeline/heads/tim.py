@@ -8,7 +8,7 @@ from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Features, Head, prepared
 from pipeline.heads.descent import adam, by_logits
-from pipeline.solvers import one_hot
+from pipeline.solvers import indicators
 
 
 class Tim(Head):
@@ -54,7 +54,7 @@ class Tim(Head):
         """See `Head.forward`."""
         support_z = prepared(support_z, self.features, base_mean)
         start = prototypes(support_z, support_y, n_way)  # (n_way, d)
-        y = one_hot(support_y, n_way, support_z.dtype).T  # (n_way, m)
+        y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
 
         def classify(query_z: Tensor) -> Tensor:
             query_z = prepared(query_z, self.features, base_mean)

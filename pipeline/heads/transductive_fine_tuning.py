@@ -9,7 +9,7 @@ from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Head
 from pipeline.heads.descent import adam, by_logits
-from pipeline.solvers import one_hot
+from pipeline.solvers import indicators
 
 
 class TransductiveFineTuning(Head):
@@ -46,7 +46,7 @@ class TransductiveFineTuning(Head):
         support_z = F.normalize(support_z, dim=1)
         start = F.normalize(prototypes(support_z, support_y, n_way), dim=1)
         start = F.pad(start, (0, 1))  # (n_way, d+1), the bias last
-        y = one_hot(support_y, n_way, support_z.dtype).T  # (n_way, m)
+        y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
 
         def classify(query_z: Tensor) -> Tensor:
             query_z = F.normalize(query_z, dim=1)

@@ -1,15 +1,12 @@
 """WithHead: the network of a trained embedding learner under another head. Floor 3."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier
 from pipeline.heads.base import Head
-from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
+from pipeline.learners.embedding import EmbeddingLearner
 
-BASE_SAMPLE = 2048  # training images whose mean embedding stands for that of all
 NUMBERS = 2**21  # in the embeddings of the tasks that are adapted to at a time: fits a cache
 
 
@@ -21,7 +18,7 @@ class WithHead(EmbeddingLearner):
     Args:
         learner: trained.
         head: what its embeddings are classified by.
-        base_mean: (d,), from `base_mean`; None if the head does without.
+        base_mean: (d,), see `embedding.base_mean`; None if the head does without.
         suffix: added to the head's name.
     """
 
@@ -63,17 +60,3 @@ class WithHead(EmbeddingLearner):
         stacked = super().heads
         parts = zip(support_z.split(size), support_y.split(size), query_z.split(size), strict=True)
         return torch.cat([stacked(z, y, q, n_way) for z, y, q in parts])
-
-
-@torch.no_grad()
-def base_mean(learner: EmbeddingLearner, data: EpisodicDataModule) -> Tensor:
-    """(d,) mean embedding of up to `BASE_SAMPLE` training images, evenly spread over the pool."""
-    was_training = learner.training
-    learner.eval()
-    images = np.flatnonzero(np.isin(data.pool.labels, data.classes("train")))
-    spread = np.linspace(0, len(images) - 1, min(BASE_SAMPLE, len(images)))
-    chosen = torch.from_numpy(images[spread.astype(np.int64)])
-    parts = (data.prepare(data.images(c, learner.device)) for c in chosen.split(EMBED_BATCH))
-    mean = torch.cat([learner.embed(part) for part in parts]).mean(0)
-    learner.train(was_training)
-    return mean

@@ -33,8 +33,11 @@ class Reader:
     def __init__(self) -> None:
         self._client, self.uri = store.connect(), store.tracking_uri()
 
-    def experiment(self, name: str) -> pd.DataFrame:
+    def experiment(self, name: str, new: bool = False) -> pd.DataFrame:
         """All runs of an experiment; see `_search`.
+
+        Args:
+            new: whether there may be none of that name yet; it has no runs then.
 
         Raises:
             UserError: naming the experiments that there are, if there is none of that name.
@@ -42,6 +45,8 @@ class Reader:
         with store.opening(self.uri):
             there = {e.name: e.experiment_id for e in self._client.search_experiments()}
             if name not in there:
+                if new:
+                    return _frame([])
                 raise UserError(
                     f"experiment: no experiment {name!r} in {self.uri}; "
                     f"there are {', '.join(sorted(there))}"
