@@ -10,10 +10,11 @@ from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.heads.base import Head
 from pipeline.learners import embedding, with_head
-from pipeline.learners.embedding import base_mean
+from pipeline.learners.embedding import EmbeddingLearner, base_mean
 from pipeline.learners.evaluation import Scorer, adaptation_seconds
 from pipeline.learners.with_head import WithHead
 from tests.conftest import blob_data
+from tests.test_learners import CONF as LEARNERS
 from tests.test_learners import build, make_task
 
 CONF = {p.stem: p for p in sorted(Path(__file__).parents[1].glob("conf/head/*.yaml"))}
@@ -216,3 +217,17 @@ def test_the_time_of_a_transductive_head_is_with_its_queries(monkeypatch):
     assert asked == []
     adaptation_seconds(learner, blob_data(), "val", 3, 2, 4, tasks=2)
     assert set(asked) == {12}
+
+
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_the_embeddings_of_every_embedding_learner_do(name):
+    learner = build(name)
+    if not isinstance(learner, EmbeddingLearner):
+        pytest.skip("no embeddings")
+    head = WithHead(learner, build_head("bd_cspn"), None).eval()
+    task = make_task()
+    for n_way in (2, 3):  # another number than it was built for
+        s, q = task.support_y < n_way, task.query_y < n_way
+        logits = head.adapt(task.support_x[s], task.support_y[s])(task.query_x[q])
+        assert logits.shape == (4 * n_way, n_way)
+        assert logits.isfinite().all()
