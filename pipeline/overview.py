@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pipeline.compose import CONF, compose_config
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
-from pipeline.plan import Job, Shelf
+from pipeline.plan import Job, Shelf, as_overrides
 
 _HEADER = re.compile(r"# (?P<name>[^(]+) \((?P<paper>[^()]*\d{4}[a-z]?[^()]*)\)[.:,;]")
 _KINDS = ("embedding", "gradient", "transfer", "head")
@@ -110,7 +110,8 @@ def _cells(cfg: DictConfig, tables: Sequence[tuple[str, pd.DataFrame]]) -> dict[
 
 
 def _introduction(cfg: DictConfig) -> str:
-    sets = ", ".join(f"`{' '.join(given)}`" for given in cfg.data.values())
+    kept = {k: {n: v for n, v in given.items() if n != "root"} for k, given in cfg.data.items()}
+    sets = ", ".join(f"`{' '.join([f'data={k}', *as_overrides({'data': v})])}`" for k, v in kept.items())
     halves = " and ".join(f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items())
     return f"""# Learners
 
@@ -120,7 +121,7 @@ test episodes, the same ones for all, of classes that no training has seen; 5w1s
 
 - **The budget** is {cfg.images:,} images shown in training (support and queries of 1-shot tasks, or
   plain batches), each learner with the other settings of its YAML, and with
-  `{" ".join(cfg.overrides)}`. These are minutes on a CPU core and not the papers' days: the
+  `{" ".join(as_overrides(cfg.overrides))}`. These are minutes on a CPU core and not the papers' days: the
   table compares what learners make of little, and `conf/experiment` has the papers' recipes.
 - **Transductive**: a prediction depends on the other queries, through norm layers that use the
   statistics of the batch at hand or through the head. Compare such rows with each other.
