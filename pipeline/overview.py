@@ -10,6 +10,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from pipeline.compose import CONF, compose_config
+from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
 from pipeline.plan import Job, Shelf
 
@@ -91,7 +92,7 @@ def _row(
 
 def _kind(learner: str) -> str:
     node = compose_config("train", [f"learner={learner}"]).learner
-    target = hydra.utils.get_class(node._target_)
+    target: type[MetaLearner] = hydra.utils.get_class(node._target_)
     if issubclass(target, GradientLearner):
         return "gradient"
     return "transfer" if target.trains_on == "images" else "embedding"

@@ -20,7 +20,7 @@ FLOORS = {
         "data.episodes",
         "data.transforms",
     ],
-    2: ["data.datamodule"],
+    2: ["data.loaders", "data.datamodule", "data.regression"],
     3: ["learners.*", "progress"],
     4: [
         "compose",
@@ -29,7 +29,9 @@ FLOORS = {
         "trainer",
         "config",
         "checkpoints",
+        "sources",
         "scoreboard",
+        "tables",
         "seen",
         "trained",
         "reporting",

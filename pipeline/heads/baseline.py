@@ -49,10 +49,8 @@ class Baseline(Head):
         self, support_z: Tensor, support_y: Tensor, n_way: int, base_mean: Tensor
     ) -> Classifier:
         """See `Head.forward`."""
-        start = prototypes(support_z, support_y, n_way)  # (n_way, d)
-        if self.cosine:
-            start = F.normalize(start, dim=1)
-        else:
+        start = F.normalize(prototypes(support_z, support_y, n_way), dim=1)  # (n_way, d)
+        if not self.cosine:
             start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
         y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
         w = adam(torch.func.grad(lambda w: self.loss(w, support_z, y)), start, self.lr, self.steps)
