@@ -130,8 +130,7 @@ def _job(
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """`KEY=VALUE` of a nested mapping, as a command line has it."""
-    plain = OmegaConf.to_container(OmegaConf.create(dict(values)))
-    assert isinstance(plain, dict)
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dict(values))))
     # JSON is what Hydra reads, but for an empty mapping, which says nothing
     return [f"{k}={json.dumps(v)}" for k, v in flatten(plain).items() if v != {}]
 
