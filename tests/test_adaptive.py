@@ -466,7 +466,7 @@ def test_cavia_learns_a_sinusoid():
         objective.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert np.mean(losses[-20:]) < 0.3 * np.mean(losses[:20])
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
 
 
 def test_meta_sgd_draws_one_first_rate():
