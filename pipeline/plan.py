@@ -111,7 +111,7 @@ def _job(
     n_way = tests[0][0]
     name = f"{learner} {data} {n_way}-way" + (" half" if part < 1 and not after else "")
     overrides = [f"learner={learner}", f"data={data}", f"data.n_way={n_way}"]
-    overrides += as_overrides({"data": given, **cfg.overrides})
+    overrides += [*as_overrides({"data": given}), *as_overrides(cfg.overrides)]
     per_step = images_per_step(compose_config("train", overrides))
     rounds = max(1, round(part * cfg.images / per_step / VALIDATIONS))
     shots = sorted({k for n, k in tests if n == n_way})
@@ -192,10 +192,11 @@ class Shelf:
         done = set(zip(heads, table["n_way"], table["k_shot"], strict=True))
         if not done:
             return ["pipeline.train", *self._start(job, run)]
-        for n_way, k_shot in job.tests:
-            for label, name in {"": "", **job.heads}.items():
-                if (label, n_way, k_shot) not in done:
-                    shape = [f"n_way={n_way}", f"k_shot={k_shot}"]
+        for label, name in {"": "", **job.heads}.items():
+            for n_way in dict.fromkeys(n for n, _ in job.tests):
+                shots = [k for n, k in job.tests if n == n_way and (label, n, k) not in done]
+                if shots:
+                    shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
                     head = [f"head={name}"] if name else []
                     return ["pipeline.evaluate", f"run={run}", *shape, *head]
         return []
