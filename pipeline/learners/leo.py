@@ -1,5 +1,6 @@
 """LEO. Rusu et al. 2019, https://arxiv.org/abs/1807.05960."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ class Solution(NamedTuple):
 
     Attributes:
         weights: (n_way, d) of a linear classifier without bias.
-        mean, log_std: (n_way, latent) of the code of each class.
+        mean, std: (n_way, latent) of the code of each class.
         start, end: (n_way, latent) codes before and after the inner loop.
     """
 
     weights: Tensor
     mean: Tensor
-    log_std: Tensor
+    std: Tensor
     start: Tensor
     end: Tensor
 
@@ -93,8 +94,12 @@ class Leo(EmbeddingLearner):
         """As the paper writes it."""
         return "LEO"
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (m, C, H, W) -> embeddings (m, d) of length 1, as in the authors' code."""
+        return F.normalize(self.backbone(x), dim=1)
+
     def encode(self, support_z: Tensor, support_y: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of each class's code, (n_way, latent) each.
+        """Mean and standard deviation of each class's code, (n_way, latent) each.
 
         Eq. 4: the relation network sees every pair of support images, and its output is averaged
         over the first ones of a class and all second ones.
@@ -103,18 +108,18 @@ class Leo(EmbeddingLearner):
         m = len(e)
         first, second = e.unsqueeze(1).expand(m, m, -1), e.unsqueeze(0).expand(m, m, -1)
         related = self.relation(torch.cat([first, second], 2)).mean(1)  # (m, 2 * latent)
-        mean, log_std = prototypes(related, support_y, n_way).chunk(2, 1)
-        return mean, log_std
+        mean, spread = prototypes(related, support_y, n_way).chunk(2, 1)
+        return mean, deviation(spread)
 
     def decode(self, code: Tensor, noise: Tensor | None) -> Tensor:
         """Weights (n_way, d) of codes (n_way, latent): their mean, or a sample by (n_way, d) noise.
 
         The deviation is that of Glorot's initialisation at first, as in the authors' code.
         """
-        mean, log_std = self.decoder(code).chunk(2, 1)  # (n_way, d) each
+        mean, spread = self.decoder(code).chunk(2, 1)  # (n_way, d) each
         if noise is None:
             return mean
-        return mean + (2 / sum(mean.shape)) ** 0.5 * log_std.exp() * noise
+        return mean + (2 / sum(mean.shape)) ** 0.5 * deviation(spread) * noise
 
     def solve(
         self,
@@ -131,12 +136,12 @@ class Leo(EmbeddingLearner):
                 None takes the means.
         """
 
-        def loss(weights: Tensor) -> Tensor:
-            return self.loss(support_z @ weights.T, support_y).mean()
+        def loss(weights: Tensor) -> Tensor:  # a sum over classes: its steps fit any number of them
+            return n_way * self.loss(support_z @ weights.T, support_y).mean()
 
-        mean, log_std = self.encode(support_z, support_y, n_way)
+        mean, std = self.encode(support_z, support_y, n_way)
         of_code, of_weights = noise or (None, None)
-        start = mean if of_code is None else mean + log_std.exp() * of_code
+        start = mean if of_code is None else mean + std * of_code
         end = descend(
             lambda p: loss(self.decode(p["code"], of_weights)),
             {"code": start}, SGD(), {"code": self.inner_lr}, self.inner_steps, first_order=False,
@@ -146,7 +151,7 @@ class Leo(EmbeddingLearner):
             {"weights": self.decode(end, of_weights)}, SGD(), {"weights": self.finetuning_lr},
             self.finetuning_steps, first_order=False,
         )["weights"]  # fmt: skip
-        return Solution(weights, mean, log_std, start, end)
+        return Solution(weights, mean, std, start, end)
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`; without noise."""
@@ -163,7 +168,7 @@ class Leo(EmbeddingLearner):
         def one(z: Tensor, y: Tensor, query: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             found = self.solve(z, y, n_way, (noise[0], noise[1]))
             way = (found.end.detach() - found.start).square().mean()
-            return query @ found.weights.T, kl_divergence(found.mean, found.log_std), way
+            return query @ found.weights.T, kl_divergence(found.mean, found.std), way
 
         logits, kl, way = torch.vmap(one)(support_z, batch.support_y, query_z, *noise)
         loss = self.loss(logits, batch.query_y).mean()
@@ -172,9 +177,14 @@ class Leo(EmbeddingLearner):
         return objective, loss.detach(), accuracy(logits, batch.query_y).mean()
 
 
-def kl_divergence(mean: Tensor, log_std: Tensor) -> Tensor:
+def deviation(x: Tensor) -> Tensor:
+    """Softplus, 1 at 0: positive, and never so steep that an inner step runs away."""
+    return F.softplus(x) / math.log(2)
+
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """Of normal distributions from the standard one, the mean over all dimensions."""
-    return (0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std).mean()
+    return (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
 
 
 def correlation(rows: Tensor) -> Tensor:
