@@ -12,11 +12,13 @@ Aux = TypeVar("Aux")
 
 
 def count_ways(support_y: Tensor) -> int:
-    """n_way of a support set: its largest label plus one.
+    """n_way of a support set: its largest label plus one; of real targets their number.
 
     Raises:
         ValueError: if a class of 0..n_way-1 has no support image.
     """
+    if support_y.is_floating_point():
+        return support_y.shape[-1]
     n_way = int(support_y.max()) + 1
     missing = (torch.bincount(support_y, minlength=n_way) == 0).nonzero().flatten().tolist()
     if missing:
@@ -106,6 +108,16 @@ def query_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
 
 
+def score(logits: Tensor, y: Tensor) -> Tensor:
+    """What tasks are scored by: (..., m, n) and (..., m) classes or (..., m, n) targets -> (...).
+
+    The accuracy of classes in 0..1, the mean squared error of real targets.
+    """
+    if y.is_floating_point():
+        return query_loss("mse", logits, y).mean(-1)
+    return accuracy(logits, y)
+
+
 def plain_autograd() -> bool:
     """Whether neither a transform of torch.func nor torch.compile is at work."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
@@ -135,6 +147,51 @@ def gradient(loss: Callable[[Params], tuple[Tensor, Aux]], at: Params) -> tuple[
     inputs = list(at.values())
     parts = torch.autograd.grad(value, inputs, create_graph=again, materialize_grads=True)
     return dict(zip(at, parts, strict=True)), aux
+
+
+def hessian(loss: Callable[[Params], Tensor], at: Params) -> Callable[[Params], Params]:
+    """The Hessian of a scalar at a point, as its product with vectors (Pearlmutter 1994).
+
+    The gradient is computed once and its graph is kept; a product is one backward pass through it.
+    The result is a constant.
+    """
+    at = {k: v.detach() for k, v in at.items()}
+    times = torch.func.vjp(torch.func.grad(loss), at)[1]
+    return lambda v: {k: x.detach() for k, x in times(v)[0].items()}  # symmetric: vH = Hv
+
+
+def conjugate_gradient(times: Callable[[Params], Params], b: Params, steps: int) -> Params:
+    """Solve A x = b for symmetric A from x = 0: Hestenes, Stiefel 1952.
+
+    Every step is exact in one more direction. It ends early where A is not positive, as a truncated
+    Newton step does (Steihaug 1983), or nothing is left to solve; no step depends on a value in
+    Python, so tasks may be stacked.
+
+    Args:
+        times: A, as its product with a vector.
+        steps: products with A.
+
+    Returns:
+        x, same keys as b.
+    """
+    x = {k: torch.zeros_like(v) for k, v in b.items()}
+    residual, direction, square = b, b, _dot(b, b)
+    going = square > 0
+    for _ in range(steps):
+        image = times(direction)
+        curvature = _dot(direction, image)
+        going = going & (curvature > 0)
+        rate = torch.where(going, square / curvature, 0)
+        x = {k: v + rate * direction[k] for k, v in x.items()}
+        residual = {k: v - rate * image[k] for k, v in residual.items()}
+        before, square = square, _dot(residual, residual)
+        mixing = torch.where(going, square / before, 0)
+        direction = {k: v + mixing * direction[k] for k, v in residual.items()}
+    return x
+
+
+def _dot(a: Params, b: Params) -> Tensor:
+    return torch.stack([(v * b[k]).sum() for k, v in a.items()]).sum()
 
 
 class MeanInterval(NamedTuple):

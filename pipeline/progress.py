@@ -12,6 +12,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from pipeline.episode import Batch, Images
 
+SCORES = ("val/acc", "val/mse")
+"""What checkpoints are chosen by, one of them."""
+
 
 class TakesMetrics(Protocol):
     """What a `RunLogger` needs of a tracked run."""
@@ -107,7 +110,7 @@ class StepBar(RichProgressBar):
 
 
 class LineProgress(Callback):
-    """One line a validation: step, loss, accuracies, speed and time left."""
+    """One line a validation: step, loss, scores, speed and time left."""
 
     def __init__(self) -> None:
         self._start, self._first = time.perf_counter(), 0
@@ -118,16 +121,16 @@ class LineProgress(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print it."""
-        if not trainer.is_global_zero or "val/acc" not in trainer.callback_metrics:
+        if not trainer.is_global_zero or not {*SCORES} & trainer.callback_metrics.keys():
             return  # a resumed run first ends, without validating, the epoch it was stopped after
         step, total = trainer.global_step, trainer.max_steps
         seen = {k: float(v) for k, v in trainer.callback_metrics.items()}
         spent = time.perf_counter() - self._start
         left = spent / max(1, step - self._first) * (total - step)
         parts = [f"step {step}" + (f"/{total}" if total > 0 else "")]
-        for key, form in (("train/loss", "{:.3f}"), ("train/acc", "{:.3f}"), ("val/acc", "{:.4f}")):
+        for key in ("train/loss", "train/acc", *SCORES):
             if key in seen:
-                parts.append(f"{key} {form.format(seen[key])}")
+                parts.append(f"{key} {seen[key]:.{4 if key in SCORES else 3}f}")
         for unit, form in (("episodes", "{:.1f}"), ("images", "{:.0f}")):
             if (speed := seen.get(f"train/{unit}_per_s")) is not None:
                 parts.append(f"{form.format(speed)} {unit}/s")

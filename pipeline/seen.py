@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
 from pipeline.scoreboard import FixedEpisodes
 
@@ -28,13 +28,11 @@ class Seen(NamedTuple):
         return (self.fingerprint, self.classes) == (other.fingerprint, other.classes)
 
 
-def seen_by(data: EpisodicDataModule) -> Seen:
+def seen_by(data: EpisodeLoaders) -> Seen:
     """What a training on this data sees."""
-    names = [data.pool.class_names[c] for s in ("train", "val") for c in data.classes(s)]
+    names = data.class_names("train") + data.class_names("val")
     kind = type(data.source)
-    return Seen(
-        f"{kind.__module__}.{kind.__qualname__}", data.source.name, data.pool.fingerprint, names
-    )
+    return Seen(f"{kind.__module__}.{kind.__qualname__}", data.source.name, data.fingerprint, names)
 
 
 def refuse_seen(seen: Sequence[Seen], sets: Iterable[FixedEpisodes]) -> None:
@@ -48,7 +46,7 @@ def refuse_seen(seen: Sequence[Seen], sets: Iterable[FixedEpisodes]) -> None:
     """
     problems = {}
     for test in sets:
-        names = {test.data.pool.class_names[c] for c in test.data.classes("test")}
+        names = set(test.data.class_names("test"))
         source = seen_by(test.data).source
         for each in (each for each in seen if each.source == source):
             if shared := sorted(names & set(each.classes)):

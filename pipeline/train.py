@@ -17,7 +17,7 @@ from pipeline.processes import end_others
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from pipeline.data.datamodule import EpisodicDataModule
+    from pipeline.data.loaders import EpisodeLoaders
     from pipeline.tracking.run import Run
 
 
@@ -37,8 +37,8 @@ def run(
         tags: further ones for the run.
 
     Returns:
-        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`
-        alone); nothing in further processes (DDP).
+        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`,
+        or `val/mse`, alone); nothing in further processes (DDP).
 
     Raises:
         UserError: for bad input, before anything is computed.
@@ -87,6 +87,7 @@ def run(
     facts = {
         "seed": cfg.seed,
         "data.fingerprint": seen[0].fingerprint,
+        "measure": data.measure,
         "protocol": learner.protocol,
         "learner": learner.label,
         "data": data.source.name,
@@ -109,10 +110,11 @@ def run(
             return {}
         if "optimizer" in cfg.learner:
             step = checkpoints.load_weights(learner, best)
-            tracked.log_metrics({"val/best_acc": score}, step)
+            tracked.log_metrics({f"val/best_{data.measure}": score}, step)
             if not cfg.test:
-                print(f"best val/acc {score:.4f} after step {step}; {tracked.where()}")
-                return {"run_id": tracked.run_id, "val/acc": score}
+                name = f"val/{data.measure}"
+                print(f"best {name} {score:.4f} after step {step}; {tracked.where()}")
+                return {"run_id": tracked.run_id, name: score}
         return reporting.test_and_report(
             tracked, learner, sets, network, cfg.published, step, main_set, "results.csv"
         )
@@ -130,11 +132,11 @@ def _find_start(init_from: str) -> Path:
         raise UserError(f"init_from: {str(error).removeprefix('run: ')}") from error
 
 
-def _count_classes(cfg: DictConfig, data: "EpisodicDataModule") -> None:
+def _count_classes(cfg: DictConfig, data: "EpisodeLoaders") -> None:
     """Put the number of training classes where the learner asks for it, once for all."""
     if "n_train_classes" not in cfg.learner:
         return
-    found, classes = cfg.learner.n_train_classes, len(data.classes("train"))
+    found, classes = cfg.learner.n_train_classes, len(data.class_names("train"))
     if found not in (None, classes):
         raise UserError(
             f"learner.n_train_classes: found {found}, but {data.source.name} has {classes} "
@@ -146,7 +148,8 @@ def _count_classes(cfg: DictConfig, data: "EpisodicDataModule") -> None:
 def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict[str, Any]:
     """What is stored with the run: it holds in another working directory and machine too."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    resolved["data"]["image_shape"] = list(image_shape)
+    if "image_shape" in resolved["data"]:
+        resolved["data"]["image_shape"] = list(image_shape)
     resolved["trainer"]["devices"] = devices
     if (start := resolved["init_from"]) and Path(start).is_file():
         resolved["init_from"] = os.path.abspath(start)
@@ -160,7 +163,7 @@ def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict
 
 def _fit(
     learner: "pl.LightningModule",
-    data: "pl.LightningDataModule",
+    data: "EpisodeLoaders",
     options: dict[str, Any],
     callbacks: "Sequence[pl.Callback]",
     tracked: "Run",
@@ -173,11 +176,12 @@ def _fit(
         best_before: finds the best checkpoint of a run that goes on.
 
     Returns:
-        Path of the checkpoint with the best val/acc, and that val/acc.
+        Path of the checkpoint with the best val/acc (or val/mse), and that.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from pipeline.annotations import better
     from pipeline.checkpoints import bring
     from pipeline.progress import RunLogger, progress_callbacks
 
@@ -188,7 +192,8 @@ def _fit(
         save_on_train_epoch_end=True,  # at an epoch's end the episode stream goes on cleanly
         enable_version_counter=False,
     )
-    best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
+    score, mode = f"val/{data.measure}", better(data.measure)
+    best, last = keep(filename="best", monitor=score, mode=mode), keep(filename="last")
     if start and tracked.run_id:  # no later checkpoint may be better than the best one so far
         bring(best_before(), folder / "best.ckpt")
     logger = RunLogger(tracked)
@@ -233,7 +238,7 @@ def quieten() -> None:
     harmless += ["IProgress not found"]  # tqdm in a notebook
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
     harmless += ["IProgress not found"]  # a notebook without ipywidgets
-    harmless += ["recommended to use `self.log"]  # EpisodeAccuracy gathers over processes itself
+    harmless += ["recommended to use `self.log"]  # EpisodeMean gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pipeline.annotations import (
+    Measure,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -18,19 +17,16 @@ from pipeline.annotations import (
     Ways,
     WaysRange,
 )
-from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Prefetched, Range
+from pipeline.data.episodes import EpisodeDataset, EpisodeSampler, Range
+from pipeline.data.loaders import EpisodeLoaders, Split
 from pipeline.data.passes import ImageDataset, ImageSampler
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
-from pipeline.episode import Batch, Images
+from pipeline.episode import Batch, Episode, Images
 from pipeline.errors import UserError
 
-Split = Literal["train", "val", "test"]
-Loader = DataLoader[Batch] | Prefetched
-EVAL_BATCH = 16  # episodes that are validated in one step
 
-
-class EpisodicDataModule(pl.LightningDataModule):
+class EpisodicDataModule(EpisodeLoaders):
     """Episodes of a data set; images stay uint8 until `on_after_batch_transfer`.
 
     Args:
@@ -51,6 +47,10 @@ class EpisodicDataModule(pl.LightningDataModule):
         images_per_batch: training steps of one process are over so many images of all training
             classes, in place of episodes; None trains on episodes.
     """
+
+    measure: ClassVar[Measure] = "acc"
+    eval_batch = 16
+    source: ImageSource
 
     def __init__(
         self,
@@ -106,10 +106,25 @@ class EpisodicDataModule(pl.LightningDataModule):
         """(C, H, W) of the images that learners get."""
         return self._image_shape or self.pool.image_shape
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the pool."""
+        return self.pool.fingerprint
+
     def classes(self, split: Split) -> list[int]:
         """Class ids of a split."""
         _ = self.pool
         return self._classes[split]
+
+    def class_names(self, split: Split) -> list[str]:
+        """Names of the classes of a split."""
+        return [self.pool.class_names[c] for c in self.classes(split)]
+
+    def profile(self) -> dict[str, Any]:
+        """Numbers of images and classes."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        classes = {split: len(self.classes(split)) for split in splits}
+        return {"images": len(self.pool.labels), "classes": classes}
 
     def sampler(
         self, split: Split, n_way: Range, k_shot: Range, n_query: int, tasks_per_shape: int = 1
@@ -126,7 +141,7 @@ class EpisodicDataModule(pl.LightningDataModule):
             n_way,
             k_shot,
             n_query,
-            self.seed if split == "train" else self.eval_seed,
+            self.stream_seed(split),
             split,
             tasks_per_shape,
         )
@@ -184,60 +199,21 @@ class EpisodicDataModule(pl.LightningDataModule):
             return self._resident[indices.to(device, non_blocking=True)]
         return torch.from_numpy(np.take(self.pool.images, indices.cpu().numpy(), axis=0)).to(device)
 
-    def _world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def task(self, sampler: EpisodeSampler, index: int, device: torch.device) -> Episode:
+        """See `EpisodeLoaders.task`."""
+        task = EpisodeDataset(self.pool, sampler)[index].each(lambda field: field.to(device))
+        return task._replace(
+            support_x=self.prepare(task.support_x), query_x=self.prepare(task.query_x)
+        )
 
     @property
     def _batch_size(self) -> int:
         """Episodes or images in a training step of one process."""
         return self.images_per_batch or self.meta_batch_size
 
-    def _seen(self) -> int:
-        """How many all processes have drawn so far: what the optimiser steps stand for."""
-        if not self.trainer:
-            return 0
-        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return batches * self._batch_size * self.trainer.world_size
-
-    def _loader(self, split: Split, batches: EpisodeBatches) -> Loader:
-        loader: DataLoader[Batch] = DataLoader(
-            self._dataset(split),
-            sampler=batches,  # yields lists of indices: the data set stacks them
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
-        return loader if self.num_workers else Prefetched(loader)
-
-    def train_dataloader(self) -> Loader:
-        """Batches of the endless training stream, of episodes or of images."""
-        rank, world = self._world()
-        batches_per_epoch = self.batches_per_epoch
-        if self.trainer and self.trainer.max_steps > 0:  # a short training is validated at its end
-            most = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-            batches_per_epoch = min(batches_per_epoch, most)
-        epoch = batches_per_epoch * self._batch_size * world
-        batches = EpisodeBatches(self._batch_size, epoch, rank, world, self._seen)
-        return self._loader("train", batches)
-
-    def val_dataloader(self) -> Loader:
-        """The fixed validation episodes."""
-        return self._loader("val", EpisodeBatches(EVAL_BATCH, self.val_episodes, *self._world()))
-
-    def test_dataloader(self) -> Loader:
-        """The fixed test episodes."""
-        return self._loader("test", EpisodeBatches(EVAL_BATCH, self.test_episodes, *self._world()))
-
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""
         return to_float(images, self.image_shape, self.mean, self.std)
-
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        """All but the indices in the stream, which are read on the CPU."""
-        return batch.each(lambda field: field.to(device, non_blocking=True))._replace(id=batch.id)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Gather from the pool if it is there, augment (in training) and standardise."""

@@ -74,6 +74,17 @@ def choose_distinct(key: np.ndarray, population: np.ndarray, m: int, stream: int
     return np.take_along_axis(chosen, np.argsort(bits[..., m:], axis=-1), axis=-1)
 
 
+def uniform(key: np.ndarray, n: int, stream: int) -> np.ndarray:
+    """Numbers of [0, 1) for each key, from `random_bits`: (...) -> (..., n) float64."""
+    return (random_bits(key, n, stream) >> np.uint64(11)) * 2.0**-53
+
+
+def episode_keys(stream: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The key of each episode of a stream, itself a `stream_key`: (tasks,) uint64."""
+    with np.errstate(over="ignore"):
+        return _mix(stream + np.asarray(indices, dtype=np.uint64) * _GOLDEN)
+
+
 class EpisodeIndices(NamedTuple):
     """Which images make up a meta-batch of tasks.
 
@@ -164,11 +175,10 @@ class EpisodeSampler:
         if len(shapes) != 1:
             raise ValueError(f"episodes of different shapes cannot be stacked: {sorted(shapes)}")
         n_way, k_shot = shapes.pop()
-        with np.errstate(over="ignore"):
-            key = _mix(self._key + ids * _GOLDEN)  # (tasks,)
-            population = np.full(len(ids), len(self.classes))
-            ways = choose_distinct(key, population, n_way, stream=1)  # (tasks, n_way)
-            class_key = random_bits(key, n_way, stream=2)  # one key a task and label
+        key = episode_keys(self._key, ids)  # (tasks,)
+        population = np.full(len(ids), len(self.classes))
+        ways = choose_distinct(key, population, n_way, stream=1)  # (tasks, n_way)
+        class_key = random_bits(key, n_way, stream=2)  # one key a task and label
         members = choose_distinct(class_key, self._sizes[ways], k_shot + self.n_query, stream=3)
         images = self._order[self._starts[ways][..., None] + members]  # (tasks, n_way, k+q)
         return EpisodeIndices(images[..., :k_shot], images[..., k_shot:], self.classes[ways])

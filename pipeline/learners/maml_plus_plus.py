@@ -11,7 +11,7 @@ from pipeline.blocks import BatchStatsNorm, ConvBlock, FirstBlock
 from pipeline.engine import Engine, twin
 from pipeline.episode import Episode
 from pipeline.errors import UserError
-from pipeline.functional import Loss, Params, accuracy
+from pipeline.functional import Loss, Params, score
 from pipeline.inner import SGD, Rule, State, inner_step
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Adapted, Bound, GradientLearner, below, parameter_dict
@@ -140,7 +140,7 @@ class MamlPlusPlus(GradientLearner):
                 logits = predict(phi, query_z)
                 loss = self.loss(logits, task.query_y).mean()
                 total = total + weight * loss
-        return total, (loss.detach(), accuracy(logits, task.query_y))
+        return total, (loss.detach(), score(logits, task.query_y))
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """See `GradientLearner.meta_loss`; annealed by the outer step."""
