@@ -175,9 +175,8 @@ class Shelf:
         run = self.run_of(job)
         table = self._reader.results(run) if run else pd.DataFrame()
         if table.empty:
-            return pd.DataFrame(columns=["learner", "data", "n_way", "k_shot", "episodes"])
-        asked = (table["data"] == job.data) & (table["episodes"] == job.cfg.data.test_episodes)
-        return table[asked]
+            return pd.DataFrame(columns=["learner", "n_way", "k_shot", "episodes"])
+        return table[table["episodes"] == job.cfg.data.test_episodes]
 
     def results(self, job: Job) -> pd.DataFrame:
         """The rows of results.json that are of the learner, with or without another head."""
