@@ -13,6 +13,7 @@ from pipeline.data.pool import ImagePool, SplitPool
 from pipeline.engine import keep_freed_memory
 from pipeline.episode import Episode
 from pipeline.learners.base import MetaLearner
+from pipeline.sources import with_source
 
 
 class RandomSource:
@@ -47,7 +48,7 @@ def parts(
 ) -> tuple[MetaLearner, EpisodicDataModule]:
     """Learner and data of `python -m pipeline.train learner=LEARNER OVERRIDES`, on a source."""
     cfg = compose_config("train", [f"learner={learner}", "data=digits", *overrides])
-    cfg.data = config.with_source(cfg.data, OmegaConf.create(source))
+    cfg.data = with_source(cfg.data, OmegaConf.create(source))
     data = config.build_data(cfg.data)
     data.setup("fit")
     torch.manual_seed(0)

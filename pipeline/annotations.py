@@ -1,6 +1,6 @@
 """Types that say which values an argument takes; `config` checks by them. Floor 0."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
@@ -18,6 +18,18 @@ WaysRange = Ways | tuple[Ways, Ways]
 ShotsRange = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
+Interval = tuple[float, float]
+"""Its two ends."""
+
+Measure = Literal["acc", "mse"]
+"""What tasks are scored by: accuracy of classes, mean squared error of real targets."""
+
+
+def better(measure: str) -> Literal["max", "min"]:
+    """Which of two scores is the better one."""
+    return "max" if measure == "acc" else "min"
+
+
 class Published(TypedDict):
     """A value of the literature, shown beside the row of a table that it matches."""
 
@@ -27,4 +39,15 @@ class Published(TypedDict):
     k_shot: PositiveInt
     accuracy: float
     """Percent."""
+    source: str
+
+
+class PublishedError(TypedDict):
+    """The same of real targets."""
+
+    learner: str
+    data: str
+    k_shot: PositiveInt
+    inner_steps: NonNegativeInt
+    mse: float
     source: str

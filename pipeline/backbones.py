@@ -1,13 +1,15 @@
 """Backbones: plain modules from images (m, C, H, W) to embeddings (m, out_dim). Floor 1."""
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt, Probability
-from pipeline.blocks import Downsample, Norm, conv_block, make_norm
+from pipeline.blocks import Downsample, Halving, Norm, conv_block, make_norm
 from pipeline.errors import UserError
 
 
@@ -15,8 +17,11 @@ class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, norm, ReLU and a halving, as in Vinyals et al. 2016.
 
     The halving is a max-pool (MatchingNet, ProtoNet, MAML on miniImageNet) or the stride of the
-    convolution (MAML on Omniglot; Finn et al. 2017, App. A.1). The output is
-    flattened.
+    convolution (MAML on Omniglot; Finn et al. 2017, App. A.1). The output is flattened; `out_shape`
+    is that of its maps.
+
+    Args:
+        halvings: that many blocks halve, from the first on; RelationNet's embedding has 2.
     """
 
     def __init__(
@@ -26,19 +31,24 @@ class Conv4(nn.Module):
         width: PositiveInt,
         norm: Norm,
         downsample: Downsample,
+        halvings: Annotated[int, Ge(0), Le(4)] = 4,
     ) -> None:
         super().__init__()
-        if downsample == "max_pool" and image_size < 16:
+        if downsample == "max_pool" and image_size < 2**halvings:
             raise UserError(
-                f"backbone.downsample: four max-pools need images of 16 px or more, found "
-                f"{image_size}; use backbone.downsample=stride"
+                f"backbone.downsample: {halvings} max-pools need images of {2**halvings} px or "
+                f"more, found {image_size}; use backbone.downsample=stride"
             )
         blocks: list[nn.Module] = []
         channels, size = in_channels, image_size
         for i in range(4):
-            blocks.append(conv_block(channels, width, norm, downsample, first=i == 0))
-            channels, size = width, (size + 1) // 2 if downsample == "stride" else size // 2
+            halving: Halving = downsample if i < halvings else "none"
+            blocks.append(conv_block(channels, width, norm, halving, first=i == 0))
+            channels = width
+            if i < halvings:
+                size = (size + 1) // 2 if downsample == "stride" else size // 2
         self.blocks = nn.Sequential(*blocks)
+        self.out_shape = (width, size, size)
         self.out_dim = width * size * size
         self.to(memory_format=torch.channels_last)  # 1.5 times faster on a CPU
 

@@ -18,6 +18,7 @@ from pipeline.functional import plain_autograd
 
 Norm = Literal["batch", "batch_stats", "group", "none"]
 Downsample = Literal["max_pool", "stride"]
+Halving = Downsample | Literal["none"]
 
 
 class BatchStatsNorm(nn.Module):
@@ -27,24 +28,37 @@ class BatchStatsNorm(nn.Module):
     torch's fused batch norm is wrong in second order (it disagrees with finite differences). The
     fused one, 1.5 times faster on a CPU, is right without vmap and where gradients are taken inside
     of vmap, as `GradientLearner` takes them: such a caller sets `fused`.
+
+    Attributes:
+        statistics: (2, channels), mean and variance to use in place of the batch's; None or empty
+            for the batch's.
     """
 
     fused = False
+    statistics: Tensor | None
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
+        self.register_buffer("statistics", None)
+
+    def given(self) -> Tensor | None:
+        """`statistics`, if there are any."""
+        return self.statistics if self.statistics is not None and self.statistics.numel() else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, C, ...) -> the same shape."""
         several = x.numel() > x.shape[1]  # torch refuses one value a channel
-        if several and (self.fused or plain_autograd()):
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        var, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+        if (given := self.given()) is not None:
+            mean, var = (s.view(shape) for s in given)
+        elif several and (self.fused or plain_autograd()):
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        else:
+            dims = [0, *range(2, x.dim())]
+            var, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
         scale = self.weight.view(shape) * torch.rsqrt(var + self.eps)
         return x * scale + (self.bias.view(shape) - mean * scale)
 
@@ -69,23 +83,28 @@ def is_transductive(module: nn.Module) -> bool:
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, norm, halving by max-pool or stride, ReLU.
+    """3x3 convolution, norm, halving by max-pool or stride or none, ReLU.
 
     Pooling stands before ReLU, which gives the same numbers from a quarter of the elements. A
     convolution before a norm over the batch has no bias, which that norm would take away.
     """
 
-    def __init__(self, channels: int, width: int, norm: Norm, downsample: Downsample) -> None:
+    def __init__(self, channels: int, width: int, norm: Norm, downsample: Halving) -> None:
         super().__init__()
         self.stride = 2 if downsample == "stride" else 1
+        self.pool = 2 if downsample == "max_pool" else 1
         bias = norm not in ("batch", "batch_stats")
         self.conv = nn.Conv2d(channels, width, 3, self.stride, padding=1, bias=bias)
         self.norm = make_norm(norm, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, C, H, W) -> (m, width, H/2, W/2); max-pool rounds down, stride rounds up."""
+        return torch.relu(self.before_relu(x))
+
+    def before_relu(self, x: Tensor) -> Tensor:
+        """`forward` without its last step."""
         y = self.norm(_convolve(x, self.conv.weight, self.conv.bias, self.stride))
-        return torch.relu(y if self.stride == 2 else F.max_pool2d(y, 2))
+        return y if self.pool == 1 else F.max_pool2d(y, self.pool)
 
 
 class FirstBlock(ConvBlock):
@@ -99,14 +118,14 @@ class FirstBlock(ConvBlock):
 
     norm: nn.BatchNorm2d | BatchStatsNorm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def before_relu(self, x: Tensor) -> Tensor:
         """(m, C, H, W) -> (m, width, H/2, W/2)."""
         norm = self.norm
         mean, var = self._moments(x)  # (width,) each, of the convolution's output
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         y = _convolve(x, self.conv.weight * scale.view(-1, 1, 1, 1), None, self.stride)
-        y = y if self.stride == 2 else F.max_pool2d(y, 2)
-        return torch.relu(y + (norm.bias - mean * scale).to(y.dtype).view(-1, 1, 1))
+        y = y if self.pool == 1 else F.max_pool2d(y, self.pool)
+        return y + (norm.bias - mean * scale).to(y.dtype).view(-1, 1, 1)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.norm
@@ -114,6 +133,8 @@ class FirstBlock(ConvBlock):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             return norm.running_mean, norm.running_var
+        if isinstance(norm, BatchStatsNorm) and (given := norm.given()) is not None:
+            return given[0], given[1]
         with torch.autocast(x.device.type, enabled=False):  # variances cancel in half precision
             weight = self.conv.weight.flatten(1)  # (width, 9C)
             patches = F.unfold(x, 3, padding=1, stride=self.stride)  # (m, 9C, H'W')
@@ -139,7 +160,7 @@ def _keep_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
 
 
 def conv_block(
-    channels: int, width: int, norm: Norm, downsample: Downsample, first: bool
+    channels: int, width: int, norm: Norm, downsample: Halving, first: bool
 ) -> ConvBlock:
     """The block that computes fastest."""
     few = first and channels <= 4 and norm in ("batch", "batch_stats")

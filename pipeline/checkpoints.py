@@ -21,19 +21,24 @@ KEY = "pipeline"
 _CAN_CHANGE = ("data.root", "data.split_file", "data.num_workers", "data.test_episodes",
                "trainer.accelerator", "test_k_shot", "also_test", "published")  # fmt: skip
 """What a resumed run may set anew: nothing that training depends on."""
+_ADDED = {"init_from": None}
+"""Root keys that older checkpoints lack."""
+_NETWORKS = ("backbone.", "net.body.")
+"""Where a learner keeps its network: an embedding learner and a gradient learner."""
 
 
 class Provenance(Callback):
     """Adds configuration and what was seen to every checkpoint, and lets a run go on elsewhere."""
 
-    def __init__(self, resolved: dict[str, Any], seen: Seen) -> None:
+    def __init__(self, resolved: dict[str, Any], seen: Sequence[Seen]) -> None:
         self.resolved, self.seen = resolved, seen
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Plain containers, so that the file loads with `weights_only=True`."""
-        checkpoint[KEY] = {"config": self.resolved, "seen": self.seen._asdict()}
+        seen = [each._asdict() for each in self.seen]
+        checkpoint[KEY] = {"config": self.resolved, "seen": seen}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -80,7 +85,7 @@ def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: if the file is none of ours, or for each override of what cannot change.
     """
-    cfg = OmegaConf.create(_read(path)[KEY]["config"])
+    cfg = OmegaConf.create(_ADDED | _read(path)[KEY]["config"])
     pairs = [pair for pair in map(parse_override, overrides) if pair[0] != "resume"]
     refused = [
         f"{key}={value}: a resumed run keeps its {key}; what can change is {', '.join(_CAN_CHANGE)}"
@@ -94,13 +99,14 @@ def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def stored_seen(path: Path) -> Seen:
-    """What the training of a checkpoint has seen.
+def stored_seen(path: Path) -> list[Seen]:
+    """What the training of a checkpoint has seen: its own data, then that of what it started from.
 
     Raises:
         UserError: if the file is none of ours.
     """
-    return Seen(**_read(path)[KEY]["seen"])
+    seen = _read(path)[KEY]["seen"]
+    return [Seen(**each) for each in (seen if isinstance(seen, list) else [seen])]
 
 
 def load_weights(learner: MetaLearner, path: Path) -> int:
@@ -122,3 +128,34 @@ def load_weights(learner: MetaLearner, path: Path) -> int:
             f"checkpoint: {path} holds a {trained}, which does not fit {learner.label}: {reason}"
         ) from error
     return checkpoint["global_step"]
+
+
+def start_from(learner: MetaLearner, path: Path) -> str:
+    """Copy a checkpoint's network into a learner's, where names and shapes fit; no more than that.
+
+    Returns:
+        One line that says how much was copied.
+
+    Raises:
+        UserError: if nothing fits.
+    """
+    checkpoint = _read(path)
+    given, own = _network(checkpoint["state_dict"]), _network(learner.state_dict())
+    fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
+    trained = checkpoint[KEY]["config"]
+    name = trained["learner"]["_target_"].rpartition(".")[2]
+    if not any(v.dim() for v in fitting.values()):  # counters fit anywhere
+        raise UserError(
+            f"init_from: no weight of the {name} in {path} fits the network of this "
+            f"{learner.label}; it has backbone {trained['backbone']}"
+        )
+    for key, value in fitting.items():
+        own[key].copy_(value)
+    step = checkpoint["global_step"]
+    return f"init_from: {len(fitting)} of {len(own)} tensors of the network, {name} at step {step}"
+
+
+def _network(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a learner's network by their names in it."""
+    found = ((prefix, key) for key in state for prefix in _NETWORKS if key.startswith(prefix))
+    return {key.removeprefix(prefix): state[key] for prefix, key in found}

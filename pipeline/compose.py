@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-WITHOUT_GROUPS = {"report", "ui"}
+WITHOUT_GROUPS = {"report", "survey", "ui"}
 """Commands whose keys are all plain: the `experiment` of a report is none of conf/experiment."""
 _REFUSED = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for an override that does not fit; ValueError for GROUP=null."""

@@ -5,7 +5,7 @@ names before anything is built, and all problems are reported together.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import hydra
 import torch
@@ -14,11 +14,13 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from pipeline.annotations import PositiveInt, Published, Ways
-from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
+from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
+from pipeline.heads.base import Head
 from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain, value_problem
+from pipeline.sources import data_module, data_problems, episodic_keys
 from pipeline.trainer import trainer_problems
 
 _SUPPLIED = {
@@ -29,8 +31,6 @@ _SUPPLIED = {
 """Arguments that `build_*` gives, so that no YAML has to; elsewhere a partial application does."""
 _PARTIAL = {"params", "optimizer"}
 
-EPISODIC = parameters(EpisodicDataModule)
-"""Keys of `data` that shape episodes; the others are those of the image source."""
 
 _ROOT: dict[str, dict[str, Any]] = {
     "train": {
@@ -39,10 +39,11 @@ _ROOT: dict[str, dict[str, Any]] = {
         "test": bool,
         "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
         "also_test": list[str | dict[str, Any]],
-        "published": list[Published],
+        "published": list[Published | PublishedError],
         "experiment_name": Annotated[str, MinLen(1)],
         "run_name": str | None,
         "resume": str | None,
+        "init_from": str | None,
     },
     "evaluate": {
         "run": str | None,
@@ -63,11 +64,25 @@ _ROOT: dict[str, dict[str, Any]] = {
         "episodes": PositiveInt | None,
         "out": str | None,
     },
+    "survey": {
+        "learners": Annotated[list[str], MinLen(1)] | None,
+        "heads": list[str] | None,
+        "heads_on": str,
+        "images": PositiveInt,
+        "half": dict[str, str],
+        "data": dict[str, dict[str, Any]],
+        "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
+        "episodes": PositiveInt,
+        "overrides": dict[str, Any],
+        "workers": PositiveInt | Literal["auto"],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "out": Annotated[str, MinLen(1)],
+    },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
-_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
-           "report": set(), "ui": set()}  # fmt: skip
+_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
+           "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
@@ -87,12 +102,15 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_root(cfg: DictConfig, command: str) -> None:
-    """Check the keys of a command that belong to no group.
+    """Check the keys of a command that belong to no group, and its head.
 
     Raises:
         UserError: one line for each problem.
     """
-    if problems := list(_root_problems(cfg, command)):
+    problems = list(_root_problems(cfg, command))
+    if command == "evaluate" and "head" in cfg:
+        problems += _node_problems(cfg.head, "head")
+    if problems:
         raise UserError("\n".join(problems))
 
 
@@ -102,6 +120,8 @@ def _root_problems(cfg: DictConfig, command: str) -> Iterator[str]:
     for key in sorted(map(str, cfg.keys() - allowed)):
         yield f"{key}: unknown key; allowed are {', '.join(sorted(allowed))}"
     for key, annotation in known.items():
+        if OmegaConf.is_missing(cfg, key):
+            continue  # said already
         if key not in cfg:
             yield f"{key}: needs a value (none is given)"
         elif problem := value_problem(cfg[key], annotation):
@@ -127,7 +147,7 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
         yield f"{path}._target_: {node._target_!r} cannot be imported ({_first_line(error)})"
         return
     if path == "data":  # an image source and the episodes drawn from it share one flat node
-        known = EPISODIC | known
+        known = episodic_keys(node) | known
     supplied = _SUPPLIED.get(path, _PARTIAL)
     given = [str(k) for k in node if not str(k).startswith("_")]
     for key in given:
@@ -148,23 +168,25 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
 
 
 def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
-    learner = hydra.utils.get_class(cfg.learner._target_)
+    learner: type[MetaLearner] = hydra.utils.get_class(cfg.learner._target_)
     ways = cfg.data.train_n_way
     if "n_way" in parameters(learner) and ways != cfg.data.n_way:
         yield (
             f"data.train_n_way: found {plain(ways)}, but {learner.__name__} is built for "
             f"data.n_way={cfg.data.n_way} classes; both must be the same number"
         )
+    yield from data_problems(cfg, learner)
+    on_images = learner.trains_on == "images"
+    if on_images != bool(number := cfg.data.get("images_per_batch")):
+        yield (
+            f"data.images_per_batch: found {number}, but {learner.__name__} trains on "
+            f"{learner.trains_on}; {'give a number' if on_images else 'must be null'}"
+        )
     optimizer = cfg.learner.get("optimizer")
     if not optimizer and not cfg.test:
         yield f"test: found False, but {learner.__name__} has no optimizer: nothing would be done"
     if optimizer and isinstance(optimizer.get("lr"), int | float) and optimizer.lr <= 0:
         yield f"learner.optimizer.lr: found {optimizer.lr}; must be greater than 0"
-    for name in ("mean", "std"):
-        if len(cfg.data[name]) not in (1, 3):
-            yield f"data.{name}: found {plain(cfg.data[name])}; give one number or one a channel"
-    if cfg.data.image_shape and cfg.data.image_shape[0] not in (1, 3):
-        yield f"data.image_shape: found {plain(cfg.data.image_shape)}; channels are 1 or 3"
     batches, accumulated = cfg.data.batches_per_epoch, cfg.trainer.accumulate_grad_batches
     steps, odd = batches // accumulated, batches % accumulated
     if odd:
@@ -179,18 +201,19 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def build_data(data: DictConfig) -> EpisodicDataModule:
-    """The data module of a checked `data` node: an image source and the episodes drawn from it."""
-    episodic = {k: data[k] for k in data if k in EPISODIC}
+def build_data(data: DictConfig) -> EpisodeLoaders:
+    """The data module of a checked `data` node: a source and the episodes drawn from it."""
+    keys = episodic_keys(data)
+    episodic = {k: data[k] for k in data if k in keys}
     source = {k: data[k] for k in data if k not in episodic}
     parts = _instantiate(OmegaConf.create(episodic))
-    return EpisodicDataModule(_instantiate(OmegaConf.create(source)), **parts)
+    return data_module(data)(_instantiate(OmegaConf.create(source)), **parts)
 
 
-def with_source(data: DictConfig, other: DictConfig, **changes: Any) -> DictConfig:
-    """The images of `other` under the episodic settings of `data`."""
-    kept = {k: data[k] for k in data if k in EPISODIC}
-    return OmegaConf.create(kept | {k: other[k] for k in other if k not in EPISODIC} | changes)
+def build_head(head: DictConfig) -> Head:
+    """The head of a checked `head` node."""
+    built: Head = _instantiate(head)
+    return built
 
 
 def build_learner(

@@ -1,6 +1,7 @@
 """Pictures for people: an episode with its predictions, accuracies, an inner loop. Floor 1."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib as mpl
 import matplotlib.colors
@@ -154,4 +155,47 @@ def inner_loop_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
+    return figure
+
+
+class Curves(NamedTuple):
+    """One function and what was made of it.
+
+    Attributes:
+        truth: (points,) its values.
+        support: arguments and values (k_shot,) that were given.
+        predicted: (points,) by label, in the order of adaptation.
+    """
+
+    truth: np.ndarray
+    support: tuple[np.ndarray, np.ndarray]
+    predicted: Mapping[str, np.ndarray]
+
+
+def curves_figure(x: np.ndarray, curves: Sequence[Curves], title: str) -> Figure:
+    """Each function a panel: the true one, the points that were given, the adapted ones.
+
+    Args:
+        x: (points,) the arguments.
+    """
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = _figure(3.1 * columns, 2.3 * rows + 0.6)
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    shown = curves[0].predicted
+    shades = mpl.colormaps["plasma"](np.linspace(0.75, 0.15, len(shown)))  # dark: adapted most
+    for panel, each in zip(panels, curves, strict=False):
+        panel.plot(x, each.truth, color="0.75", linewidth=5, solid_capstyle="round", label="true")
+        for (label, y), shade in zip(each.predicted.items(), shades, strict=True):
+            first, last = label == next(iter(shown)), label == list(shown)[-1]
+            style = ":" if first and len(shown) > 1 else "-"
+            panel.plot(x, y, style, color=shade, linewidth=1.8 if last else 1.2, label=label)
+        panel.plot(*each.support, "o", color="black", markersize=4.5, zorder=5, label="given")
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(curves) :]:
+        panel.set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

@@ -12,11 +12,13 @@ Aux = TypeVar("Aux")
 
 
 def count_ways(support_y: Tensor) -> int:
-    """n_way of a support set: its largest label plus one.
+    """n_way of a support set: its largest label plus one; of real targets their number.
 
     Raises:
         ValueError: if a class of 0..n_way-1 has no support image.
     """
+    if support_y.is_floating_point():
+        return support_y.shape[-1]
     n_way = int(support_y.max()) + 1
     missing = (torch.bincount(support_y, minlength=n_way) == 0).nonzero().flatten().tolist()
     if missing:
@@ -40,6 +42,23 @@ def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
     classes = torch.arange(n_way, device=support_y.device)
     member = (support_y.unsqueeze(1) == classes).to(support_z.dtype)  # (m, n_way)
     return (member.T @ support_z) / member.sum(0).unsqueeze(1)
+
+
+def canonical_order(support_z: Tensor, support_y: Tensor) -> Tensor:
+    """An order of the support set that does not depend on the one it came in.
+
+    For learners that read it as a sequence: by class, then by the sum of the embedding.
+
+    Args:
+        support_z: (..., m, d).
+        support_y: (..., m).
+
+    Returns:
+        (..., m) indices.
+    """
+    by_sum = support_z.sum(-1).argsort(-1)
+    by_class = support_y.gather(-1, by_sum).argsort(dim=-1, stable=True)
+    return by_sum.gather(-1, by_class)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -87,6 +106,16 @@ def query_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     if loss == "mse":
         return (logits - target).square().mean(-1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
+
+
+def score(logits: Tensor, y: Tensor) -> Tensor:
+    """What tasks are scored by: (..., m, n) and (..., m) classes or (..., m, n) targets -> (...).
+
+    The accuracy of classes in 0..1, the mean squared error of real targets.
+    """
+    if y.is_floating_point():
+        return query_loss("mse", logits, y).mean(-1)
+    return accuracy(logits, y)
 
 
 def plain_autograd() -> bool:

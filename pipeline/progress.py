@@ -10,7 +10,10 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Images
+
+SCORES = ("val/acc", "val/mse")
+"""What checkpoints are chosen by, one of them."""
 
 
 class TakesMetrics(Protocol):
@@ -57,12 +60,13 @@ class RunLogger(Logger):
 class Throughput(Callback):
     """Logs the speed and the duration of training, in which validation does not count.
 
-    `train/episodes_per_s` of the steps since the last validation (all processes);
+    `train/episodes_per_s`, or `train/images_per_s` of learners that train on those, of the steps
+    since the last validation (all processes);
     `train/seconds` of all steps, those before a resumption included.
     """
 
     def __init__(self) -> None:
-        self._since, self._episodes = time.perf_counter(), 0
+        self._since, self._done = time.perf_counter(), 0
         self._before = self._seconds = 0.0  # until the last validation, until now
 
     def state_dict(self) -> dict[str, float]:
@@ -75,18 +79,19 @@ class Throughput(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation and checkpoints do not count."""
-        self._since, self._episodes = time.perf_counter(), 0
+        self._since, self._done = time.perf_counter(), 0
         self._before = self._seconds
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Episode,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Count the tasks of the batch."""
-        self._episodes += len(batch.id) * trainer.world_size
+        """Count the tasks or images of the batch."""
+        self._done += len(batch.id) * trainer.world_size
         spent = time.perf_counter() - self._since
         self._seconds = self._before + spent
-        pl_module.log("train/episodes_per_s", self._episodes / spent, prog_bar=True)
+        unit = "images" if isinstance(batch, Images) else "episodes"
+        pl_module.log(f"train/{unit}_per_s", self._done / spent, prog_bar=True)
         pl_module.log(
             "train/seconds", self._seconds, on_step=False, on_epoch=True, reduce_fx="max",
             sync_dist=True,
@@ -105,7 +110,7 @@ class StepBar(RichProgressBar):
 
 
 class LineProgress(Callback):
-    """One line a validation: step, loss, accuracies, speed and time left."""
+    """One line a validation: step, loss, scores, speed and time left."""
 
     def __init__(self) -> None:
         self._start, self._first = time.perf_counter(), 0
@@ -116,17 +121,19 @@ class LineProgress(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print it."""
-        if not trainer.is_global_zero or "val/acc" not in trainer.callback_metrics:
+        if not trainer.is_global_zero or not {*SCORES} & trainer.callback_metrics.keys():
             return  # a resumed run first ends, without validating, the epoch it was stopped after
         step, total = trainer.global_step, trainer.max_steps
         seen = {k: float(v) for k, v in trainer.callback_metrics.items()}
         spent = time.perf_counter() - self._start
         left = spent / max(1, step - self._first) * (total - step)
         parts = [f"step {step}" + (f"/{total}" if total > 0 else "")]
-        for key, form in (("train/loss", "{:.3f}"), ("train/acc", "{:.3f}"), ("val/acc", "{:.4f}")):
+        for key in ("train/loss", "train/acc", *SCORES):
             if key in seen:
-                parts.append(f"{key} {form.format(seen[key])}")
-        parts.append(f"{seen.get('train/episodes_per_s', 0):.1f} episodes/s")
+                parts.append(f"{key} {seen[key]:.{4 if key in SCORES else 3}f}")
+        for unit, form in (("episodes", "{:.1f}"), ("images", "{:.0f}")):
+            if (speed := seen.get(f"train/{unit}_per_s")) is not None:
+                parts.append(f"{form.format(speed)} {unit}/s")
         if total > 0:
             parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
         print("  ".join(parts), flush=True)

@@ -3,41 +3,37 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeDataset
-from pipeline.figures import class_accuracy_figure, prediction_figure
+from pipeline.data.functions import FunctionEpisodes
+from pipeline.data.loaders import EpisodeLoaders
+from pipeline.figures import Curves, class_accuracy_figure, curves_figure, prediction_figure
 from pipeline.learners.base import MetaLearner
-from pipeline.learners.evaluation import accuracy_by_steps
+from pipeline.learners.evaluation import Scores, adapting_in, score_by_steps
 from pipeline.learners.gradient import GradientLearner
-from pipeline.scoreboard import (
-    FixedEpisodes,
-    Result,
-    by_episode,
-    metrics,
-    print_frame,
-    score_all,
-    to_frame,
-)
+from pipeline.scoreboard import INNER_STEPS, FixedEpisodes, Result, is_own, score_all, with_steps
+from pipeline.tables import by_episode, metrics, print_frame, to_frame
 
 if TYPE_CHECKING:
     from pipeline.tracking.run import Run
 
+CURVES = 6  # test functions that are drawn
 STEP_EPISODES = 200  # on which the accuracy after each number of inner steps is shown
 
 
-def log_datasets(run: "Run", data: EpisodicDataModule, sets: Sequence[FixedEpisodes]) -> None:
+def log_datasets(run: "Run", data: EpisodeLoaders, sets: Sequence[FixedEpisodes]) -> None:
     """Name the data sets of a run, with fingerprints and class counts."""
     used = {"training": data} | {test.name: test.data for test in sets if test.data is not data}
     for context, each in used.items():
-        counts = {split: len(each.classes(split)) for split in ("train", "val", "test")}
         run.log_dataset(
             name=each.source.name,
-            fingerprint=each.pool.fingerprint,
+            fingerprint=each.fingerprint,
             source=type(each.source).__name__,
             context="training" if context == "training" else "testing",
-            profile={"images": len(each.pool.labels), "classes": counts},
+            profile=each.profile(),
         )
 
 
@@ -66,16 +62,17 @@ def test_and_report(
     learner.eval()
     results = score_all(learner, sets, backbone)
     frame = to_frame(results, published)
-    numbers = metrics(results, main, learner.label)
+    numbers = metrics(results, main, learner)
     run.log_metrics(numbers, step)
     for name, accuracies in by_episode(results).items():
         run.log_csv(accuracies, f"episodes/{name}.csv")
     run.log_table(frame, csv, "results.json")
     if main and isinstance(learner, GradientLearner) and learner.eval_inner_steps > 1:
         _log_steps(run, learner, main)
-    print_frame(frame, f"{learner.label}: accuracy on classes never seen (95 % interval)")
+    seen = "accuracy on classes" if "accuracy" in frame else "mean squared error on functions"
+    print_frame(frame, f"{learner.label}: {seen} never seen (95 % interval)")
     for result in results:
-        if result.learner == learner.label:
+        if is_own(result, learner):
             _log_figures(run, learner, result)
     print(run.where())
     return {"run_id": run.run_id, **numbers}
@@ -84,30 +81,58 @@ def test_and_report(
 def _log_steps(run: "Run", learner: GradientLearner, test: FixedEpisodes) -> None:
     """`adapt/acc_at_step`, against inner steps instead of training steps; selects nothing."""
     episodes = min(test.episodes, STEP_EPISODES)
-    for step, acc in accuracy_by_steps(learner, test.data, test.sampler(), episodes).items():
-        run.log_metrics({"adapt/acc_at_step": acc}, step)
+    for step, score in score_by_steps(learner, test.data, test.sampler(), episodes).items():
+        run.log_metrics({f"adapt/{test.data.measure}_at_step": score}, step)
 
 
 def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:
     test, scores = result.test, result.scores
+    title = f"{result.learner} on {test.name}, {test.task}"
+    if not isinstance(test.data, EpisodicDataModule) or not isinstance(scores, Scores):
+        run.log_figure(_adapted_curves(learner, test, title), f"figures/{test.key}.png")
+        return
     names = test.data.pool.class_names
     by_class = {names[c]: value for c, value in scores.by_class().items()}
-    title = f"{result.learner} on {test.name}, {test.n_way}-way {test.k_shot}-shot"
     run.log_figure(class_accuracy_figure(by_class, title), f"figures/classes_{test.key}.png")
-    run.log_figure(_first_episode(learner, test, title), f"figures/episode_{test.key}.png")
+    picture = _first_episode(learner, test, test.data, title)
+    run.log_figure(picture, f"figures/episode_{test.key}.png")
 
 
-def _first_episode(learner: MetaLearner, test: FixedEpisodes, title: str) -> Any:
+def _first_episode(
+    learner: MetaLearner, test: FixedEpisodes, data: EpisodicDataModule, title: str
+) -> Any:
     """A picture of test episode 0 with the predictions of the learner."""
-    sampler = test.sampler()
-    episode = EpisodeDataset(test.data.pool, sampler)[0]
-    device = learner.device
+    sampler = data.sampler("test", test.n_way, test.k_shot, test.n_query)
+    episode = EpisodeDataset(data.pool, sampler)[0]
     with torch.inference_mode():
-        support = test.data.prepare(episode.support_x.to(device))
-        query = test.data.prepare(episode.query_x.to(device))
-        logits = learner.adapt(support, episode.support_y.to(device))(query)
+        task = data.task(sampler, 0, learner.device)
+        logits = learner.adapt(task.support_x, task.support_y)(task.query_x)
     predicted = logits.argmax(1).cpu()
     right = 100 * float((predicted == episode.query_y).float().mean())
-    names = [test.data.pool.class_names[c] for c in sampler.sample([0]).classes[0]]
+    names = [data.pool.class_names[c] for c in sampler.sample([0]).classes[0]]
     caption = f"{title}, episode 0: {right:.0f} % right"
     return prediction_figure(episode, predicted, names, caption)
+
+
+def _adapted_curves(learner: MetaLearner, test: FixedEpisodes, title: str) -> Any:
+    """The first test functions, and what the learner makes of them after some inner steps."""
+    sampler = test.sampler()
+    assert isinstance(sampler, FunctionEpisodes)
+    own = learner.eval_inner_steps if isinstance(learner, GradientLearner) else None
+    steps = [None] if own is None else [*(k for k in (0, *INNER_STEPS) if k < own), own]
+    low, high = sampler.family.x_range
+    x = np.linspace(low, high, 201, dtype=np.float32)
+    grid = torch.from_numpy(x).view(-1, 1, 1, 1).to(learner.device)
+    truth = sampler.functions(range(CURVES))(np.tile(x, (CURVES, 1)))  # (tasks, points)
+    curves = []
+    for task, y in zip(sampler[range(CURVES)].tasks(), truth, strict=True):
+        given = task.support_x.to(learner.device), task.support_y.to(learner.device)
+        adapted = {}
+        for k in steps:
+            with torch.inference_mode(), adapting_in(learner, k):
+                adapted[with_steps("after", k)] = (
+                    learner.adapt(*given)(grid).flatten().cpu().numpy()
+                )
+        points = task.support_x.flatten().numpy(), task.support_y.flatten().numpy()
+        curves.append(Curves(y, points, adapted))
+    return curves_figure(x, curves, title)

@@ -1,48 +1,80 @@
-"""Test sets, the closing table and its terminal form. Floor 4."""
+"""Test sets, and learners scored on them. Floor 4."""
 
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
 from pipeline import config
+from pipeline.annotations import Measure
 from pipeline.compose import compose_config, one_line
-from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeSampler
+from pipeline.data.functions import FunctionEpisodes
+from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
-from pipeline.learners.evaluation import Scorer, Scores, adaptation_seconds
+from pipeline.learners.evaluation import (
+    Scorer,
+    Scores,
+    adaptation_seconds,
+    adapting_in,
+    make_scorer,
+)
+from pipeline.learners.gradient import GradientLearner
+from pipeline.learners.nearest_point import NearestPoint
 from pipeline.learners.pixel_centroid import PixelCentroid
+from pipeline.learners.regression import Errors, FunctionScorer
 from pipeline.progress import Slow
+from pipeline.sources import episodic_keys, with_source
+
+INNER_STEPS = (1, 5, 10)
+"""After which errors of regression are shown, and after as many as are evaluated with."""
 
 
 class FixedEpisodes(NamedTuple):
-    """Fixed episodes on which learners are compared."""
+    """Fixed episodes on which learners are compared.
+
+    Attributes:
+        scored_by: the head under which the network is tested; empty for the learner's own.
+    """
 
     name: str
-    data: EpisodicDataModule
+    data: EpisodeLoaders
     n_way: int
     k_shot: int
     n_query: int
     episodes: int
+    scored_by: str = ""
 
-    def sampler(self) -> EpisodeSampler:
+    def sampler(self) -> EpisodeSampler | FunctionEpisodes:
         """The stream of these episodes: the same for every learner and run."""
         return self.data.sampler("test", self.n_way, self.k_shot, self.n_query)
 
     @property
     def key(self) -> str:
-        """As metric names have it, e.g. digits_5w1s."""
+        """As names of metrics and files have it: digits_5w1s, of regression sinusoid_5s.
+
+        Under a head digits_5w1s_TIM.
+        """
         name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
-        return f"{name}_{self.n_way}w{self.k_shot}s"
+        ways = f"{self.n_way}w" if self.data.measure == "acc" else ""
+        head = re.sub(r"[^\w.\-]+", "_", self.scored_by).strip("_")
+        return f"{name}_{ways}{self.k_shot}s" + (f"_{head}" if head else "")
+
+    @property
+    def task(self) -> str:
+        """As tables have it."""
+        return task_name(self.data.measure, self.n_way, self.k_shot)
+
+
+def task_name(measure: Measure, n_way: int, k_shot: int) -> str:
+    """5-way 1-shot; of regression, which has no classes, 5-shot."""
+    return f"{n_way}-way {k_shot}-shot" if measure == "acc" else f"{k_shot}-shot"
 
 
 class Result(NamedTuple):
@@ -52,15 +84,33 @@ class Result(NamedTuple):
         backbone: name of its network; empty if it has none.
         parameters: how many numbers it has learned.
         adapt_seconds: to adapt to one task, alone on the device.
+        steps: inner steps that it took, where several numbers are shown.
     """
 
     learner: str
     protocol: str
     test: FixedEpisodes
-    scores: Scores
+    scores: Scores | Errors
     backbone: str
     parameters: int
     adapt_seconds: float
+    steps: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Learner and steps."""
+        return with_steps(self.learner, self.steps)
+
+
+def with_steps(learner: str, steps: int | None) -> str:
+    """The name of a learner, with a number of inner steps if there is one."""
+    return learner if steps is None else f"{learner}, {steps} step{'s' * (steps != 1)}"
+
+
+def is_own(result: Result, learner: MetaLearner) -> bool:
+    """Whether it is of this learner as it adapts by itself, not in another number of steps."""
+    own = getattr(learner, "eval_inner_steps", None)
+    return result.learner == learner.label and result.steps in (None, own)
 
 
 def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConfig]:
@@ -79,7 +129,7 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
             other = compose_config("train", [f"data={given.pop('data', None)}"])
             for key, value in given.items():
                 OmegaConf.update(other.data, key, value)
-            if unfit := given.keys() & config.EPISODIC:
+            if unfit := given.keys() & episodic_keys(other.data).keys():
                 key = sorted(unfit)[0]
                 problems.append(f"also_test: {key}: all test sets take that of data.{key}")
             config.check(other)
@@ -94,7 +144,7 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
 
 
 def make_test_sets(
-    cfg: DictConfig, data: EpisodicDataModule, others: Sequence[DictConfig], k_shots: Sequence[int]
+    cfg: DictConfig, data: EpisodeLoaders, others: Sequence[DictConfig], k_shots: Sequence[int]
 ) -> list[FixedEpisodes]:
     """The test split of the data set and of every other one, at each number of shots.
 
@@ -105,8 +155,7 @@ def make_test_sets(
     Raises:
         UserError: naming every set that cannot fill the episodes asked for.
     """
-    shape = list(data.image_shape)
-    nodes = [config.with_source(cfg.data, other, image_shape=shape) for other in others]
+    nodes = [with_source(cfg.data, other, data.image_shape) for other in others]
     sources = [data, *map(config.build_data, nodes)]
     sets: list[FixedEpisodes] = []
     problems = []
@@ -127,118 +176,48 @@ def make_test_sets(
     return sets
 
 
+def floor_of(data: EpisodeLoaders) -> type[PixelCentroid] | type[NearestPoint]:
+    """The untrained learner that such tasks are compared with."""
+    return PixelCentroid if data.measure == "acc" else NearestPoint
+
+
 def score_all(
     learner: MetaLearner, sets: Iterable[FixedEpisodes], backbone: str = ""
 ) -> list[Result]:
-    """Score the learner and the pixel floor on every set; tells how far it is."""
-    learners = [learner]
-    if not isinstance(learner, PixelCentroid):
-        learners.append(PixelCentroid().to(learner.device))
+    """Score the learner and the floor on every set; tells how far it is."""
     results = []
-    scorers: dict[str, Scorer] = {}
+    scorers: dict[str, Scorer | FunctionScorer] = {}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         for test in sets:
             scorers = {k: v for k, v in scorers.items() if v.data is test.data}  # embeddings go
-            for each in learners:
+            floor = floor_of(test.data)
+            learners = [learner] if isinstance(learner, floor) else [learner, floor()]
+            for each, steps in [(one, k) for one in learners for k in _steps(one, test)]:
+                each.to(learner.device)
                 what = f"test {test.key} {each.label}"
                 task = bar.add_task(what, total=test.episodes)
                 line = Slow(what, test.episodes)
-                scorer = scorers.setdefault(each.label, Scorer(each, test.data, "test"))
+                scorer = scorers.setdefault(each.label, make_scorer(each, test.data, "test"))
 
                 def done(n: int, task: TaskID = task, line: Slow = line) -> None:
                     bar.update(task, completed=n)
                     line(n)
 
-                scores = scorer.score(test.sampler(), test.episodes, done)
                 shape = (test.n_way, test.k_shot, test.n_query)
-                took = adaptation_seconds(each, test.data, "test", *shape)
+                with adapting_in(each, steps):
+                    scores: Scores | Errors = scorer.score(test.sampler(), test.episodes, done)  # type: ignore[arg-type]  # its own kind
+                    took = adaptation_seconds(each, test.data, "test", *shape)
                 network = backbone if each is learner else ""
                 size = sum(p.numel() for p in each.parameters())
-                results.append(Result(each.label, each.protocol, test, scores, network, size, took))
+                results.append(
+                    Result(each.label, each.protocol, test, scores, network, size, took, steps)
+                )
     return results
 
 
-def to_frame(results: Iterable[Result], published: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a result; accuracy and ci95 in percent.
-
-    Args:
-        published: values of the literature, each with data, n_way, k_shot, learner, accuracy and
-            source; shown beside the row that they match.
-    """
-    rows = []
-    for learner, protocol, test, scores, backbone, parameters, adapt_seconds in results:
-        mean, ci95 = scores.interval()
-        beside = [
-            p
-            for p in published
-            if (p["learner"], p["data"], p["n_way"], p["k_shot"])
-            == (learner, test.name, test.n_way, test.k_shot)
-        ]
-        rows.append(
-            {
-                "learner": learner,
-                "data": test.name,
-                "n_way": test.n_way,
-                "k_shot": test.k_shot,
-                "n_query": test.n_query,
-                "accuracy": round(100 * mean, 2),
-                "ci95": round(100 * ci95, 2),
-                "episodes": test.episodes,
-                "protocol": protocol,
-                "published": beside[0]["accuracy"] if beside else math.nan,
-                "published_source": beside[0]["source"] if beside else "",
-                "backbone": backbone,
-                "parameters": parameters,
-                "adapt_ms": round(1000 * adapt_seconds, 3),
-                "episode_list": scores.episode_list[:16],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def by_episode(results: Iterable[Result]) -> dict[str, pd.DataFrame]:
-    """Accuracy of every episode in 0..1, a column a learner, by `SET_NwKs_LIST`."""
-    columns: dict[str, dict[str, Any]] = {}
-    for result in results:
-        name = f"{result.test.key}_{result.scores.episode_list[:16]}"
-        columns.setdefault(name, {})[result.learner] = result.scores.accuracy()
-    return {name: pd.DataFrame(each) for name, each in columns.items()}
-
-
-def metrics(
-    results: Iterable[Result], main: FixedEpisodes | None, learner: str
-) -> dict[str, float]:
-    """`test/SET_NwKs/acc`, `acc_ci95`, `floor_acc` in 0..1; of the main set as `test/acc` too."""
-    out: dict[str, float] = {}
-    for result in results:
-        mean, ci95 = result.scores.interval()
-        for prefix in [f"test/{result.test.key}/"] + ["test/"] * (result.test is main):
-            if result.learner == learner:
-                out |= {f"{prefix}acc": mean, f"{prefix}acc_ci95": ci95}
-            else:  # MLflow draws three charts a row; the table has its interval
-                out[f"{prefix}floor_acc"] = mean
-    return out
-
-
-def print_frame(frame: pd.DataFrame, title: str) -> None:
-    """The table on standard output: for people, sets apart from each other."""
-    table = Table(title=title, title_justify="left")
-    shown = frame["published"].notna().any()
-    for name in ("test set", "task", "learner", "accuracy", "episodes", "protocol"):
-        table.add_column(name, justify="right" if name in ("accuracy", "episodes") else "left")
-    if shown:
-        table.add_column("published", justify="right")
-    for (data, k_shot), group in frame.groupby(["data", "k_shot"], sort=False):
-        for i, row in enumerate(group.itertuples()):
-            cells = [
-                data if i == 0 else "",
-                f"{row.n_way}-way {k_shot}-shot" if i == 0 else "",
-                row.learner,
-                f"{row.accuracy:.2f} ± {row.ci95:.2f} %",
-                str(row.episodes),
-                row.protocol,
-            ]
-            if shown:
-                cells.append("" if math.isnan(row.published) else f"{row.published:.1f} %")
-            table.add_row(*cells, end_section=i == len(group) - 1)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+def _steps(learner: MetaLearner, test: FixedEpisodes) -> list[int | None]:
+    """Numbers of inner steps to show; None for what the learner does by itself."""
+    if test.data.measure == "acc" or not isinstance(learner, GradientLearner):
+        return [None]
+    own = learner.eval_inner_steps
+    return [*(k for k in INNER_STEPS if k < own), own]

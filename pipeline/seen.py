@@ -1,15 +1,15 @@
 """What a training has seen, so that nothing of it is tested on. Floor 4."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
 from pipeline.scoreboard import FixedEpisodes
 
 
 class Seen(NamedTuple):
-    """What a training has seen; stored with its checkpoints.
+    """What a training has seen of a data set; stored with its checkpoints.
 
     Attributes:
         source: kind of data set; within it, a name stands for the same class everywhere.
@@ -28,31 +28,32 @@ class Seen(NamedTuple):
         return (self.fingerprint, self.classes) == (other.fingerprint, other.classes)
 
 
-def seen_by(data: EpisodicDataModule) -> Seen:
+def seen_by(data: EpisodeLoaders) -> Seen:
     """What a training on this data sees."""
-    names = [data.pool.class_names[c] for s in ("train", "val") for c in data.classes(s)]
+    names = data.class_names("train") + data.class_names("val")
     kind = type(data.source)
-    return Seen(
-        f"{kind.__module__}.{kind.__qualname__}", data.source.name, data.pool.fingerprint, names
-    )
+    return Seen(f"{kind.__module__}.{kind.__qualname__}", data.source.name, data.fingerprint, names)
 
 
-def refuse_seen(seen: Seen, sets: Iterable[FixedEpisodes]) -> None:
+def refuse_seen(seen: Sequence[Seen], sets: Iterable[FixedEpisodes]) -> None:
     """No class of a test set may have been trained or selected on.
+
+    Args:
+        seen: by the training, and by the run that it started from.
 
     Raises:
         UserError: naming the first such class of every set.
     """
     problems = {}
     for test in sets:
-        if seen_by(test.data).source != seen.source:
-            continue
-        names = {test.data.pool.class_names[c] for c in test.data.classes("test")}
-        if shared := sorted(names & set(seen.classes)):
-            problems[test.name] = (
-                f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in the "
-                f"training or validation split of {seen.data}; it cannot test this "
-                "run (if it is another class of the same name, rename it)"
-            )
+        names = set(test.data.class_names("test"))
+        source = seen_by(test.data).source
+        for each in (each for each in seen if each.source == source):
+            if shared := sorted(names & set(each.classes)):
+                problems[test.name] = (
+                    f"test set {test.name}: {len(shared)} of its classes ({shared[0]}, ...) are in "
+                    f"the training or validation split of {each.data}; it cannot test this "
+                    "run (if it is another class of the same name, rename it)"
+                )
     if problems:
         raise UserError("\n".join(problems.values()))

@@ -97,6 +97,7 @@ def _work_on(
     cfg = settings.cfg
     job = default_job(settings, url, {"study": settings.name})
     steps = None if cfg.pruner == "wilcoxon" else cfg.trainer.max_steps
+    shown = (settings.name, cfg.n_trials, steps, cfg.objectives[0], settings.mode)
     with ExitStack() as stack:
         begun, executor = time.monotonic(), _make_executor(cfg, logs, _left(cfg, study))
         stack.callback(executor.close)
@@ -105,7 +106,7 @@ def _work_on(
         list(carry_out(executor, [_checking(job, settings)], cfg.attempts))
         parent = stack.enter_context(_parent_run(settings, study, url))
         job = job._replace(tags={**job.tags, PARENT: parent.run_id})
-        progress = stack.enter_context(Progress(settings.name, cfg.n_trials, steps))
+        progress = stack.enter_context(Progress(*shown))
         driver = Driver(settings, study, storage, executor, job, parent, progress, begun)
         try:
             driver.run()
@@ -194,8 +195,9 @@ def _retrain(driver: "Driver", study: "Study", job: "Job") -> None:
         seed, result = reply["job"].values[0]["seed"], reply["result"]
         done[str(seed)] = result["run_id"]
         study.set_user_attr("retrained", {what: done})
-        driver.progress.say(f"best values, seed {seed}: test/acc {result['test/acc']:.4f} ± "
-                            f"{result['test/acc_ci95']:.4f}, run {result['run_id']}")  # fmt: skip
+        name = cfg.objectives[0].replace("val/", "test/")
+        driver.progress.say(f"best values, seed {seed}: {name} {result[name]:.4f} ± "
+                            f"{result[f'{name}_ci95']:.4f}, run {result['run_id']}")  # fmt: skip
 
 
 if __name__ == "__main__":

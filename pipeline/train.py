@@ -17,6 +17,7 @@ from pipeline.processes import end_others
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from pipeline.data.loaders import EpisodeLoaders
     from pipeline.tracking.run import Run
 
 
@@ -36,8 +37,8 @@ def run(
         tags: further ones for the run.
 
     Returns:
-        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`
-        alone); nothing in further processes (DDP).
+        `run_id` and the test metrics, accuracies in 0..1 (with `test=false` the best `val/acc`,
+        or `val/mse`, alone); nothing in further processes (DDP).
 
     Raises:
         UserError: for bad input, before anything is computed.
@@ -59,19 +60,25 @@ def run(
     if last:
         cfg = checkpoints.restore_config(last, overrides)
     config.check(cfg)
+    start = _find_start(cfg.init_from) if cfg.init_from and not last else None
     options = build_trainer_options(cfg)
     others = other_sources(cfg.also_test or [])
     data = config.build_data(cfg.data)
     data.setup("fit" if "optimizer" in cfg.learner else "test")
+    _count_classes(cfg, data)
     sets = make_test_sets(cfg, data, others, cfg.test_k_shot) if cfg.test else []
-    seen = seen_by(data)
-    if last and not seen.same_as(checkpoints.stored_seen(last)):
-        raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
+    seen = [seen_by(data)]
+    if earlier := last or start:
+        before = checkpoints.stored_seen(earlier)
+        if last and not seen[0].same_as(before[0]):
+            raise UserError(f"resume: {data.source.name} is not what it was when {resume} began")
+        seen += before[1:] if last else [each for each in before if each != seen[0]]
     refuse_seen(seen, sets)
     main_set = next((t for t in sets if t.k_shot == data.k_shot), sets[0] if sets else None)
     keep_freed_memory()
     pl.seed_everything(cfg.seed, verbose=False)
     learner = config.build_learner(cfg, data.image_shape, pretrained=not resume)
+    started = checkpoints.start_from(learner, start) if start else ""
     if cfg.compile:
         learner.compile_networks()
 
@@ -79,13 +86,16 @@ def run(
     resolved = _resolved(cfg, data.image_shape, options["devices"])
     facts = {
         "seed": cfg.seed,
-        "data.fingerprint": seen.fingerprint,
+        "data.fingerprint": seen[0].fingerprint,
+        "measure": data.measure,
         "protocol": learner.protocol,
         "learner": learner.label,
         "data": data.source.name,
         "device": _device_name(options.get("accelerator", "auto")),
     }
     first = getattr(rank_zero_only, "rank", 0) == 0
+    if started and first:
+        print(started)
     name = cfg.run_name or f"{learner.label} {data.source.name}"
     run = tracked_run(cfg.experiment_name, name, resolved, {**facts, **(tags or {})}, resume)
     with run if first else nullcontext(NoRun()) as tracked:
@@ -100,20 +110,49 @@ def run(
             return {}
         if "optimizer" in cfg.learner:
             step = checkpoints.load_weights(learner, best)
-            tracked.log_metrics({"val/best_acc": score}, step)
+            tracked.log_metrics({f"val/best_{data.measure}": score}, step)
             if not cfg.test:
-                print(f"best val/acc {score:.4f} after step {step}; {tracked.where()}")
-                return {"run_id": tracked.run_id, "val/acc": score}
+                name = f"val/{data.measure}"
+                print(f"best {name} {score:.4f} after step {step}; {tracked.where()}")
+                return {"run_id": tracked.run_id, name: score}
         return reporting.test_and_report(
             tracked, learner, sets, network, cfg.published, step, main_set, "results.csv"
         )
 
 
+def _find_start(init_from: str) -> Path:
+    """The checkpoint that `init_from` names."""
+    from pipeline.tracking.store import find_checkpoint
+
+    if Path(init_from).is_file():
+        return Path(init_from)
+    try:
+        return find_checkpoint(init_from, "best")
+    except UserError as error:
+        raise UserError(f"init_from: {str(error).removeprefix('run: ')}") from error
+
+
+def _count_classes(cfg: DictConfig, data: "EpisodeLoaders") -> None:
+    """Put the number of training classes where the learner asks for it, once for all."""
+    if "n_train_classes" not in cfg.learner:
+        return
+    found, classes = cfg.learner.n_train_classes, len(data.class_names("train"))
+    if found not in (None, classes):
+        raise UserError(
+            f"learner.n_train_classes: found {found}, but {data.source.name} has {classes} "
+            "training classes; null takes their number"
+        )
+    cfg.learner.n_train_classes = classes
+
+
 def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict[str, Any]:
     """What is stored with the run: it holds in another working directory and machine too."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    resolved["data"]["image_shape"] = list(image_shape)
+    if "image_shape" in resolved["data"]:
+        resolved["data"]["image_shape"] = list(image_shape)
     resolved["trainer"]["devices"] = devices
+    if (start := resolved["init_from"]) and Path(start).is_file():
+        resolved["init_from"] = os.path.abspath(start)
     others = [spec for spec in resolved["also_test"] or [] if isinstance(spec, dict)]
     for node in (resolved["data"], *others):
         for key in ("root", "split_file"):
@@ -124,7 +163,7 @@ def _resolved(cfg: DictConfig, image_shape: Sequence[int], devices: Any) -> dict
 
 def _fit(
     learner: "pl.LightningModule",
-    data: "pl.LightningDataModule",
+    data: "EpisodeLoaders",
     options: dict[str, Any],
     callbacks: "Sequence[pl.Callback]",
     tracked: "Run",
@@ -137,11 +176,12 @@ def _fit(
         best_before: finds the best checkpoint of a run that goes on.
 
     Returns:
-        Path of the checkpoint with the best val/acc, and that val/acc.
+        Path of the checkpoint with the best val/acc (or val/mse), and that.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from pipeline.annotations import better
     from pipeline.checkpoints import bring
     from pipeline.progress import RunLogger, progress_callbacks
 
@@ -152,7 +192,8 @@ def _fit(
         save_on_train_epoch_end=True,  # at an epoch's end the episode stream goes on cleanly
         enable_version_counter=False,
     )
-    best, last = keep(filename="best", monitor="val/acc", mode="max"), keep(filename="last")
+    score, mode = f"val/{data.measure}", better(data.measure)
+    best, last = keep(filename="best", monitor=score, mode=mode), keep(filename="last")
     if start and tracked.run_id:  # no later checkpoint may be better than the best one so far
         bring(best_before(), folder / "best.ckpt")
     logger = RunLogger(tracked)
@@ -197,7 +238,7 @@ def quieten() -> None:
     harmless += ["IProgress not found"]  # tqdm in a notebook
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
     harmless += ["IProgress not found"]  # a notebook without ipywidgets
-    harmless += ["recommended to use `self.log"]  # EpisodeAccuracy gathers over processes itself
+    harmless += ["recommended to use `self.log"]  # EpisodeMean gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)
 

@@ -18,9 +18,10 @@ CASES = {
     "maml": ["learner=maml"],
     "protonet": ["learner=protonet", "backbone.norm=group"],
     "reptile": ["learner=reptile", "learner.eval_inner_steps=3"],
+    "images": ["learner=simple_shot", "backbone.norm=group", "learner.n_train_classes=9"],
     "running statistics": ["learner=protonet"],
 }
-TASKS = 4  # a step, over all processes
+TASKS = 4  # or images, a step, over all processes
 SHAPE = {"n_way": 3, "train_n_way": 3, "val_episodes": 33, "batches_per_epoch": 4}
 """33 validation episodes: 17 and 16, which without care are two batches and one."""
 OPTIONS = [
@@ -68,7 +69,8 @@ def fit(case: str, processes: int, folder: Path) -> dict:
     config.check(cfg)
     torch.manual_seed(0)
     augmentation = Augmentation(affine=0.1, crop_padding=1, flip=True, jitter=0.2)
-    data = blob_data(meta_batch_size=TASKS // processes, augmentation=augmentation, **SHAPE)
+    size = "images_per_batch" if case == "images" else "meta_batch_size"
+    data = blob_data(**{size: TASKS // processes}, augmentation=augmentation, **SHAPE)
     as_float, data.prepare = data.prepare, lambda images: as_float(images).double()
     learner = config.build_learner(cfg, data.image_shape).double()
     options = build_trainer_options(cfg)

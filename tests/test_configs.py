@@ -11,6 +11,7 @@ from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.errors import UserError
+from pipeline.sources import with_source
 from pipeline.trainer import build_trainer_options
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -21,9 +22,15 @@ OPTIONS = [
 ]
 
 
+NEEDED = {
+    "data=sinusoid": ["learner=maml", "learner.loss=mse", "backbone=mlp", "backbone.norm=none"]
+}
+"""What an option does not go without."""
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_checks_and_builds(option):
-    cfg = compose_config("train", [option])
+    cfg = compose_config("train", [option, *NEEDED.get(option, [])])
     for key in OmegaConf.missing_keys(cfg):
         OmegaConf.update(cfg, key, "/somewhere")
     config.check(cfg)
@@ -60,7 +67,7 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
         (["learner=maml", "learner.inner_lr=-0.1"], ["learner.inner_lr: found -0.1"]),
         (["learner=maml", "learner.adapted=tail"], ["learner.adapted: found 'tail'"]),
         (["backbone.norm=layer"], ["backbone.norm: found 'layer'; Input should be 'batch',"]),
-        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are loss, optimizer"]),
+        (["+learner.bogus=1"], ["learner.bogus: unknown key; allowed are distance"]),
         (["+learner.optimizer.lrr=1"], ["learner.optimizer.lrr: unknown key; allowed are amsgrad"]),
         (
             ["learner.optimizer._target_=torch.optim.Adamm"],
@@ -77,6 +84,20 @@ def test_every_option_says_what_it_is_and_how_to_run_it(group):
             ["learner=maml", "data.train_n_way=7"],
             ["data.train_n_way: found 7, but Maml is built for"],
         ),
+        (
+            ["learner=baseline", "data.images_per_batch=null"],
+            ["data.images_per_batch: found None, but Transfer trains on images; give a number"],
+        ),
+        (
+            ["data.images_per_batch=8"],
+            ["data.images_per_batch: found 8, but ProtoNet trains on episodes; must be null"],
+        ),
+        (
+            ["learner=baseline", "learner.n_train_classes=1"],
+            ["learner.n_train_classes: found 1; Input should be greater than or equal to 2"],
+        ),
+        (["init_from=7"], ["init_from: found 7; Input should be a valid string"]),
+        (["init_from=???"], ["init_from: needs a value (none is given)"]),
         (["+trainer.max_stepss=3"], ["trainer.max_stepss: unknown key; allowed are accelerator"]),
         (["+trainer.max_epochs=3"], ["trainer.max_epochs: is set by the pipeline"]),
         (["trainer.max_steps=abc"], ["trainer.max_steps: found 'abc'"]),
@@ -182,7 +203,7 @@ def test_as_many_processes_as_were_started(monkeypatch):
 def test_another_source_keeps_the_episodes():
     cfg = compose_config("train", ["data.n_way=3"])
     other = compose_config("train", ["data=digits", "data.n_way=7"])
-    merged = config.with_source(cfg.data, other.data, image_shape=[1, 28, 28])
+    merged = with_source(cfg.data, other.data, [1, 28, 28])
     assert merged._target_.endswith("Digits")
     assert merged.n_way == 3
     assert list(merged.image_shape) == [1, 28, 28]

@@ -19,7 +19,7 @@ from pipeline.data.episodes import (
 )
 from pipeline.data.pool import ImagePool
 from pipeline.errors import UserError
-from pipeline.metrics import EpisodeAccuracy
+from pipeline.metrics import EpisodeMean
 
 SIZES = [7, 9, 8, 12, 7, 10, 30, 8]
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(8), SIZES))
@@ -178,7 +178,7 @@ def test_too_much_asked_names_class_and_counts():
 
 
 def test_episode_accuracy_counts_episodes():
-    metric = EpisodeAccuracy()
+    metric = EpisodeMean()
     metric.update(torch.tensor(0.5))
     metric.update(torch.tensor([1.0, 0.75]))
     result = metric.compute()

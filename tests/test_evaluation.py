@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 
 from pipeline.learners import evaluation
-from pipeline.learners.evaluation import Scorer, accuracy_by_steps, adaptation_seconds
+from pipeline.learners.evaluation import Scorer, adaptation_seconds, score_by_steps
 from pipeline.learners.pixel_centroid import PixelCentroid
 from pipeline.progress import Throughput
 from tests.conftest import BlobSource, blob_data
@@ -40,13 +40,13 @@ def test_a_list_of_episodes_is_known_by_its_images(monkeypatch):
 def test_accuracy_after_each_step():
     learner, data = build("maml", "learner.inner_lr=0.5"), blob_data()
     sampler = data.sampler("test", 3, 2, 4)
-    found = accuracy_by_steps(learner, data, sampler, 7)
+    found = score_by_steps(learner, data, sampler, 7)
     assert list(found) == [0, 1, 2, 3, 5]
     assert learner.eval_inner_steps == 5
     assert found[5] == Scorer(learner, data, "test").score(sampler, 7).interval().mean
     assert found[5] > found[0]
     learner.eval_inner_steps = 2
-    assert accuracy_by_steps(learner, data, sampler, 7) == {k: found[k] for k in (0, 1, 2)}
+    assert score_by_steps(learner, data, sampler, 7) == {k: found[k] for k in (0, 1, 2)}
 
 
 class Waiting(PixelCentroid):

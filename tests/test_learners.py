@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from pipeline import config
 from pipeline.compose import compose_config
-from pipeline.episode import Episode
+from pipeline.data.datamodule import EpisodicDataModule
+from pipeline.episode import Batch, Episode
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.evaluation import Scorer
@@ -31,6 +32,8 @@ def build(name: str, *overrides: str) -> MetaLearner:
     ]
     cfg = compose_config("train", [f"learner={name}", *small, *overrides])
     config.check(cfg)
+    if "n_train_classes" in cfg.learner:
+        cfg.learner.n_train_classes = 9  # of `blob_data`, as a training fills it in
     torch.manual_seed(0)
     return config.build_learner(cfg, SHAPE)
 
@@ -40,6 +43,18 @@ def make_task(k_shot: int = 2, seed: int = 0) -> Episode:
     data = blob_data(train_k_shot=k_shot, seed=seed)
     data.setup("fit")
     return data.on_after_batch_transfer(data._dataset("train")[[0]], 0).tasks()[0]
+
+
+def data_for(learner: MetaLearner, k_shot: int = 2) -> EpisodicDataModule:
+    images = 18 if learner.trains_on == "images" else None
+    return blob_data(images_per_batch=images, train_k_shot=k_shot)
+
+
+def make_batch(learner: MetaLearner, episodes: int, k_shot: int = 2) -> Batch:
+    """So many episodes, or 18 images for a learner that trains on those."""
+    data = data_for(learner, k_shot)
+    indices = list(range(data.images_per_batch or episodes))
+    return data.on_after_batch_transfer(data._dataset("train")[indices], 0)
 
 
 def trainable(learner: MetaLearner) -> bool:
@@ -96,9 +111,8 @@ def test_unequal_shots_are_fine_and_a_missing_class_is_named(learner):
 def test_every_parameter_gets_a_gradient(learner):
     if not trainable(learner):
         pytest.skip("untrained by design")
-    data = blob_data()
-    batch = data.on_after_batch_transfer(data._dataset("train")[[0, 1]], 0)
     learner.train()
+    batch = make_batch(learner, episodes=2, k_shot=5)  # as far as SNAIL's convolutions reach
     learner.meta_loss(batch)[0].backward()
     for name, parameter in learner.named_parameters():
         assert parameter.grad is not None, name
@@ -108,8 +122,7 @@ def test_every_parameter_gets_a_gradient(learner):
 def test_training_on_one_episode_lowers_its_loss(learner):
     if not trainable(learner):
         pytest.skip("untrained by design")
-    task = make_task()
-    batch = task.each(lambda field: field.unsqueeze(0))
+    batch = make_batch(learner, episodes=1)
     optimizer = learner.make_optimizer(learner.parameters())
     learner.train()
     torch.manual_seed(0)
@@ -129,7 +142,7 @@ def fit(learner: MetaLearner, folder: Path) -> pl.Trainer:
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(learner, blob_data())
+    trainer.fit(learner, data_for(learner))
     return trainer
 
 
@@ -150,7 +163,7 @@ def test_same_seed_same_result_and_a_checkpoint_round_trip(learner, tmp_path, re
 
 def test_lightning_and_the_scorer_agree(learner, tmp_path):
     """Lightning's loop runs in inference mode, the scorer may embed images once: same numbers."""
-    data = blob_data()
+    data = data_for(learner)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
                          default_root_dir=tmp_path)  # fmt: skip
     (result,) = trainer.test(learner, data, verbose=False)

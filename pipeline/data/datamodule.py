@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pipeline.annotations import (
+    Measure,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -18,18 +17,16 @@ from pipeline.annotations import (
     Ways,
     WaysRange,
 )
-from pipeline.data.episodes import EpisodeBatches, EpisodeDataset, EpisodeSampler, Prefetched, Range
+from pipeline.data.episodes import EpisodeDataset, EpisodeSampler, Range
+from pipeline.data.loaders import EpisodeLoaders, Split
+from pipeline.data.passes import ImageDataset, ImageSampler
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Episode, Images
 from pipeline.errors import UserError
 
-Split = Literal["train", "val", "test"]
-Loader = DataLoader[Episode] | Prefetched
-EVAL_BATCH = 16  # episodes that are validated in one step
 
-
-class EpisodicDataModule(pl.LightningDataModule):
+class EpisodicDataModule(EpisodeLoaders):
     """Episodes of a data set; images stay uint8 until `on_after_batch_transfer`.
 
     Args:
@@ -47,7 +44,13 @@ class EpisodicDataModule(pl.LightningDataModule):
         augmentation: of training images, or None.
         num_workers: loader processes; 0 gathers in a thread of the main process.
         image_shape: (C, H, W) that images are adapted to; the source's own by default.
+        images_per_batch: training steps of one process are over so many images of all training
+            classes, in place of episodes; None trains on episodes.
     """
+
+    measure: ClassVar[Measure] = "acc"
+    eval_batch = 16
+    source: ImageSource
 
     def __init__(
         self,
@@ -70,12 +73,14 @@ class EpisodicDataModule(pl.LightningDataModule):
         augmentation: Augmentation | None,
         num_workers: NonNegativeInt,
         image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None,
+        images_per_batch: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.source = source
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.train_shape = (_as_range(train_n_way), _as_range(train_k_shot), train_n_query)
         self.meta_batch_size, self.batches_per_epoch = meta_batch_size, batches_per_epoch
+        self.images_per_batch = images_per_batch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.seed, self.eval_seed = seed, eval_seed
         self.mean, self.std = mean, std
@@ -101,10 +106,25 @@ class EpisodicDataModule(pl.LightningDataModule):
         """(C, H, W) of the images that learners get."""
         return self._image_shape or self.pool.image_shape
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the pool."""
+        return self.pool.fingerprint
+
     def classes(self, split: Split) -> list[int]:
         """Class ids of a split."""
         _ = self.pool
         return self._classes[split]
+
+    def class_names(self, split: Split) -> list[str]:
+        """Names of the classes of a split."""
+        return [self.pool.class_names[c] for c in self.classes(split)]
+
+    def profile(self) -> dict[str, Any]:
+        """Numbers of images and classes."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        classes = {split: len(self.classes(split)) for split in splits}
+        return {"images": len(self.pool.labels), "classes": classes}
 
     def sampler(
         self, split: Split, n_way: Range, k_shot: Range, n_query: int, tasks_per_shape: int = 1
@@ -121,7 +141,7 @@ class EpisodicDataModule(pl.LightningDataModule):
             n_way,
             k_shot,
             n_query,
-            self.seed if split == "train" else self.eval_seed,
+            self.stream_seed(split),
             split,
             tasks_per_shape,
         )
@@ -143,18 +163,22 @@ class EpisodicDataModule(pl.LightningDataModule):
             try:
                 self._dataset(split)
             except UserError as error:
-                problems.append(f"data.{'train_' if split == 'train' else ''}{error}")
+                episodic = split == "train" and not self.images_per_batch
+                problems.append(f"data.{'train_' if episodic else ''}{error}")
         if problems:
             raise UserError("\n".join(problems))
 
-    def _dataset(self, split: Split) -> EpisodeDataset:
+    def _dataset(self, split: Split) -> EpisodeDataset | ImageDataset:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident, cuda = self.keep_on(device), device.type == "cuda"
+        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
+        if split == "train" and self.images_per_batch:
+            images = ImageSampler(self.pool.labels, self.classes(split), self.seed, split)
+            return ImageDataset(self.pool, images, resident, pin)
         shape: tuple[Range, Range, int] = (self.n_way, self.k_shot, self.n_query)
         group = 1
         if split == "train":
             shape, group = self.train_shape, self.meta_batch_size * self._world()[1]
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        resident, cuda = self.keep_on(device), device.type == "cuda"
-        pin = cuda and not resident and not self.num_workers  # the loader pins what workers make
         return EpisodeDataset(self.pool, self.sampler(split, *shape, group), resident, pin)
 
     def keep_on(self, device: torch.device) -> bool:
@@ -175,71 +199,38 @@ class EpisodicDataModule(pl.LightningDataModule):
             return self._resident[indices.to(device, non_blocking=True)]
         return torch.from_numpy(np.take(self.pool.images, indices.cpu().numpy(), axis=0)).to(device)
 
-    def _world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _seen(self) -> int:
-        """Training episodes drawn so far by all processes: what the optimiser steps stand for."""
-        if not self.trainer:
-            return 0
-        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return batches * self.meta_batch_size * self.trainer.world_size
-
-    def _loader(self, split: Split, batches: EpisodeBatches) -> Loader:
-        loader = DataLoader(
-            self._dataset(split),
-            sampler=batches,  # yields lists of indices: the data set stacks them
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+    def task(self, sampler: EpisodeSampler, index: int, device: torch.device) -> Episode:
+        """See `EpisodeLoaders.task`."""
+        task = EpisodeDataset(self.pool, sampler)[index].each(lambda field: field.to(device))
+        return task._replace(
+            support_x=self.prepare(task.support_x), query_x=self.prepare(task.query_x)
         )
-        return loader if self.num_workers else Prefetched(loader)
 
-    def train_dataloader(self) -> Loader:
-        """Meta-batches of the endless training stream."""
-        rank, world = self._world()
-        batches_per_epoch = self.batches_per_epoch
-        if self.trainer and self.trainer.max_steps > 0:  # a short training is validated at its end
-            most = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-            batches_per_epoch = min(batches_per_epoch, most)
-        episodes = batches_per_epoch * self.meta_batch_size * world
-        batches = EpisodeBatches(self.meta_batch_size, episodes, rank, world, self._seen)
-        return self._loader("train", batches)
-
-    def val_dataloader(self) -> Loader:
-        """The fixed validation episodes."""
-        return self._loader("val", EpisodeBatches(EVAL_BATCH, self.val_episodes, *self._world()))
-
-    def test_dataloader(self) -> Loader:
-        """The fixed test episodes."""
-        return self._loader("test", EpisodeBatches(EVAL_BATCH, self.test_episodes, *self._world()))
+    @property
+    def _batch_size(self) -> int:
+        """Episodes or images in a training step of one process."""
+        return self.images_per_batch or self.meta_batch_size
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (m, C, H, W) -> float (m, *image_shape), as every learner takes them."""
         return to_float(images, self.image_shape, self.mean, self.std)
 
-    def transfer_batch_to_device(
-        self, batch: Episode, device: torch.device, dataloader_idx: int
-    ) -> Episode:
-        """All but the indices of the episodes, which are read on the CPU."""
-        return batch.each(lambda field: field.to(device, non_blocking=True))._replace(id=batch.id)
-
-    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
         seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()]
-        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode alone
+        draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode or image alone
 
-        def ready(images: Tensor) -> Tensor:
-            if images.dim() == 2:  # rows of the pool
+        def ready(images: Tensor, axes: int) -> Tensor:
+            """Images with so many axes in front of their own."""
+            if images.dim() == axes:  # rows of the pool
                 images = self.images(images, images.device)
-            tasks, m = images.shape[:2]
-            if augment:
-                images = torch.stack([augment(x, d) for x, d in zip(images, draws, strict=True)])
-            return self.prepare(images.flatten(0, 1)).unflatten(0, (tasks, m))
+            lead, flat = images.shape[:axes], images.flatten(0, axes - 1)
+            return self.prepare(augment(flat, *draws) if augment else flat).unflatten(0, lead)
 
-        return batch._replace(support_x=ready(batch.support_x), query_x=ready(batch.query_x))
+        if isinstance(batch, Images):
+            return batch._replace(x=ready(batch.x, 1))
+        return batch._replace(support_x=ready(batch.support_x, 2), query_x=ready(batch.query_x, 2))
 
 
 def refuse_overlap(splits: Splits) -> None:

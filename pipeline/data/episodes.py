@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.pool import ImagePool
-from pipeline.episode import Episode
+from pipeline.episode import Batch, Episode
 from pipeline.errors import UserError
 
 Range = int | tuple[int, int]
@@ -45,6 +45,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def stream_key(name: str) -> np.ndarray:
+    """The key of a stream of random numbers, from its name: () uint64."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64).reshape(())
+
+
 def choose_distinct(key: np.ndarray, population: np.ndarray, m: int, stream: int) -> np.ndarray:
     """M distinct numbers out of 0..population-1 for each key, in random order.
 
@@ -66,6 +72,17 @@ def choose_distinct(key: np.ndarray, population: np.ndarray, m: int, stream: int
         taken = (chosen[..., :i] == draw[..., None]).any(-1)
         chosen[..., i] = np.where(taken, last, draw)
     return np.take_along_axis(chosen, np.argsort(bits[..., m:], axis=-1), axis=-1)
+
+
+def uniform(key: np.ndarray, n: int, stream: int) -> np.ndarray:
+    """Numbers of [0, 1) for each key, from `random_bits`: (...) -> (..., n) float64."""
+    return (random_bits(key, n, stream) >> np.uint64(11)) * 2.0**-53
+
+
+def episode_keys(stream: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The key of each episode of a stream, itself a `stream_key`: (tasks,) uint64."""
+    with np.errstate(over="ignore"):
+        return _mix(stream + np.asarray(indices, dtype=np.uint64) * _GOLDEN)
 
 
 class EpisodeIndices(NamedTuple):
@@ -118,8 +135,7 @@ class EpisodeSampler:
         starts = np.searchsorted(labels[order], self.classes, side="left")
         ends = np.searchsorted(labels[order], self.classes, side="right")
         self._order, self._starts, self._sizes = order, starts, ends - starts
-        digest = hashlib.sha256(f"{seed}/{split}".encode()).digest()
-        self._key = np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)[0]
+        self._key = stream_key(f"{seed}/{split}")
         self._check(split, class_names)
 
     def _check(self, split: str, class_names: Sequence[str]) -> None:
@@ -159,11 +175,10 @@ class EpisodeSampler:
         if len(shapes) != 1:
             raise ValueError(f"episodes of different shapes cannot be stacked: {sorted(shapes)}")
         n_way, k_shot = shapes.pop()
-        with np.errstate(over="ignore"):
-            key = _mix(self._key + ids * _GOLDEN)  # (tasks,)
-            population = np.full(len(ids), len(self.classes))
-            ways = choose_distinct(key, population, n_way, stream=1)  # (tasks, n_way)
-            class_key = random_bits(key, n_way, stream=2)  # one key a task and label
+        key = episode_keys(self._key, ids)  # (tasks,)
+        population = np.full(len(ids), len(self.classes))
+        ways = choose_distinct(key, population, n_way, stream=1)  # (tasks, n_way)
+        class_key = random_bits(key, n_way, stream=2)  # one key a task and label
         members = choose_distinct(class_key, self._sizes[ways], k_shot + self.n_query, stream=3)
         images = self._order[self._starts[ways][..., None] + members]  # (tasks, n_way, k+q)
         return EpisodeIndices(images[..., :k_shot], images[..., k_shot:], self.classes[ways])
@@ -203,26 +218,30 @@ class EpisodeDataset(Dataset[Episode]):
         y = torch.arange(n_way).repeat_interleave(each).repeat(tasks, 1)  # (tasks, n_way*each)
         if self.indices_only:
             return torch.from_numpy(flat), y
-        shape = (*flat.shape, *self.pool.image_shape)
-        x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
-        np.take(self.pool.images, flat, axis=0, out=x.numpy(), mode="clip")  # unbuffered
-        return x, y
+        return gather(self.pool, flat, self.pin), y
+
+
+def gather(pool: ImagePool, rows: np.ndarray, pin: bool) -> Tensor:
+    """Images of a pool in one go: (...) -> (..., C, H, W) uint8."""
+    x = torch.empty((*rows.shape, *pool.image_shape), dtype=torch.uint8, pin_memory=pin)
+    np.take(pool.images, rows, axis=0, out=x.numpy(), mode="clip")  # unbuffered
+    return x
 
 
 class EpisodeBatches:
-    """Lists of episode indices: a stream cut into epochs and dealt to processes.
+    """Lists of indices, of episodes or of images: a stream cut into epochs and dealt to processes.
 
     Rank r of R takes the indices r, r+R, ... in as many batches as every other rank, as processes
     wait for each other at each batch.
 
     Args:
-        batch_size: most episodes in a batch of one process.
-        episodes: in an epoch, over all processes.
+        batch_size: most of them in a batch of one process.
+        episodes: how many in an epoch, over all processes.
         rank: of this process.
         world: number of processes.
         first: asked at each epoch for the index it begins with. Training answers with the number
-            of episodes seen so far, so a resumed run sees the very episodes it would have seen;
-            without an answer every epoch is the same.
+            seen so far, so a resumed run sees the very episodes it would have seen; without an
+            answer every epoch is the same.
     """
 
     def __init__(
@@ -251,13 +270,13 @@ class EpisodeBatches:
 class Prefetched:
     """Yields what a loader yields, while a thread makes the next item."""
 
-    def __init__(self, loader: DataLoader[Episode]) -> None:
+    def __init__(self, loader: DataLoader[Batch]) -> None:
         self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[Batch]:
         items = iter(self.loader)
         with ThreadPoolExecutor(1, "prefetch") as thread:
             following = thread.submit(next, items, None)

@@ -65,44 +65,63 @@ class Augmentation:
     flip: bool
     jitter: Probability
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """(m, C, H, W) uint8 -> the same shape and dtype; the generator is on the CPU."""
+    def __call__(self, images: Tensor, *generators: torch.Generator) -> Tensor:
+        """(m, C, H, W) uint8 -> the same shape and dtype.
+
+        Args:
+            generators: on the CPU; each draws for as many images, in order.
+        """
+        each = len(images) // len(generators)
+        drawn = [self._draw(each, generator) for generator in generators]
+        parts = zip(*drawn, strict=True)
+        numbers = (torch.cat(part).to(images.device, non_blocking=True) for part in parts)
         if self.affine:
-            images = _random_affine(images, self.affine, generator)
+            images = _affine(images, next(numbers))
         if self.crop_padding:
-            images = _random_crop(images, self.crop_padding, generator)
+            images = _crop(images, self.crop_padding, next(numbers))
         if self.flip:
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            mirrored = mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-            images = torch.where(mirrored, images.flip(-1), images)
+            images = torch.where(next(numbers).view(-1, 1, 1, 1), images.flip(-1), images)
         if self.jitter:
-            images = _colour_jitter(images, self.jitter, generator)
+            images = _colour_jitter(images, next(numbers))
         return images
 
+    def _draw(self, m: int, generator: torch.Generator) -> list[Tensor]:
+        """What is random in m images: (m, ...) for each distortion that is on."""
+        numbers = []
+        if self.affine:
+            displacement = self.affine * (2 * torch.rand(m, 2, 3, generator=generator) - 1)
+            numbers.append(torch.eye(2, 3) + displacement)
+        if self.crop_padding:
+            span = 2 * self.crop_padding + 1
+            numbers.append(torch.randint(0, span, (2, m), generator=generator).T)
+        if self.flip:
+            numbers.append(torch.rand(m, generator=generator) < 0.5)
+        if self.jitter:
+            numbers.append(1 + self.jitter * (2 * torch.rand(3, m, generator=generator).T - 1))
+        return numbers
 
-def _random_affine(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    displacement = strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
-    maps = (torch.eye(2, 3) + displacement).to(images.device, non_blocking=True)  # (m, 2, 3)
+
+def _affine(images: Tensor, maps: Tensor) -> Tensor:
+    """Maps (m, 2, 3) of the image plane."""
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), grid, align_corners=False)  # zeros come in at the edges
     return moved.round().to(torch.uint8)
 
 
-def _random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+def _crop(images: Tensor, padding: int, corner: Tensor) -> Tensor:
+    """Row and column (m, 2) of the corner in the padded image."""
     m, _, h, w = images.shape
     padded = F.pad(images, (padding,) * 4)
-    corner = torch.randint(0, 2 * padding + 1, (2, m, 1), generator=generator)
-    corner = corner.to(images.device, non_blocking=True)
-    rows = corner[0] + torch.arange(h, device=images.device)  # (m, h)
-    columns = corner[1] + torch.arange(w, device=images.device)  # (m, w)
+    rows = corner[:, :1] + torch.arange(h, device=images.device)  # (m, h)
+    columns = corner[:, 1:] + torch.arange(w, device=images.device)  # (m, w)
     each = torch.arange(m, device=images.device).view(m, 1, 1)
     # advanced indices around the channel slice put it last: (m, h, w, C)
     return padded[each, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def _colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
-    brightness, contrast, saturation = factors.to(images.device, non_blocking=True)
+def _colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Factors (m, 3) of brightness, contrast and saturation."""
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     x = images.float() * brightness
     x = (x - x.mean((1, 2, 3), keepdim=True)) * contrast + x.mean((1, 2, 3), keepdim=True)
     grey = x.mean(1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,11 +13,12 @@ from torchmetrics import MeanMetric
 
 from pipeline.blocks import is_transductive
 from pipeline.episode import Classifier, Episode
-from pipeline.functional import Loss, accuracy, query_loss
-from pipeline.metrics import EpisodeAccuracy
+from pipeline.functional import Loss, query_loss, score
+from pipeline.metrics import EpisodeMean
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+TrainsOn = Literal["episodes", "images"]
 
 
 class MetaLearner(pl.LightningModule, ABC):
@@ -33,9 +34,13 @@ class MetaLearner(pl.LightningModule, ABC):
 
     Attributes:
         n_way: classes of every task that this learner takes; None for any number.
+        regresses: whether it takes real targets too.
+        trains_on: what `meta_loss` is of, a batch of `episodes` or one of `images`.
     """
 
+    regresses: ClassVar[bool] = False
     n_way: int | None = None
+    trains_on: ClassVar[TrainsOn] = "episodes"
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class MetaLearner(pl.LightningModule, ABC):
         self.loss_name = loss
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._seed = torch.initial_seed() % 2**31
-        self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
+        self.val_score, self.test_score = EpisodeMean(), EpisodeMean()
         # Lightning's own mean is wrong where processes have different numbers of episodes
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
 
@@ -57,7 +62,8 @@ class MetaLearner(pl.LightningModule, ABC):
 
         Args:
             support_x: (m, C, H, W) float, one task, no tasks axis.
-            support_y: (m,) int64, classes 0..n_way-1, any order, any number of images a class.
+            support_y: (m,) int64, classes 0..n_way-1, any order, any number of images a class; if
+                it `regresses` also real targets (m, 1).
 
         Returns:
             Classifier from query_x (m, C, H, W) to logits (m, n_way).
@@ -104,11 +110,11 @@ class MetaLearner(pl.LightningModule, ABC):
         """What the outer optimiser descends, over a meta-batch.
 
         Returns:
-            The tensor to differentiate, the mean query loss to report, and the mean accuracy.
+            The tensor to differentiate, the mean query loss to report, and the mean score.
         """
         logits = self.predict(batch)
         loss = self.loss(logits, batch.query_y).mean()
-        return loss, loss.detach(), accuracy(logits, batch.query_y).mean()
+        return loss, loss.detach(), score(logits, batch.query_y).mean()
 
     def compile_networks(self) -> None:
         """Have torch.compile speed up what it can, from the next step on."""
@@ -120,40 +126,39 @@ class MetaLearner(pl.LightningModule, ABC):
         torch.manual_seed(hash((self._seed, self.global_rank, batch_number)))  # of ints: fixed
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
-        """One step over a meta-batch; logs train/loss and train/acc."""
-        objective, loss, acc = self.meta_loss(batch)
+        """One step over a meta-batch; logs train/loss and, of classes, train/acc."""
+        objective, loss, value = self.meta_loss(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/acc", acc, prog_bar=True, sync_dist=True)
+        if batch.measure == "acc":
+            self.log("train/acc", value, prog_bar=True, sync_dist=True)
         return objective
 
-    def _evaluate(
-        self, batch: Episode, split: str, metric: EpisodeAccuracy, loss: MeanMetric
-    ) -> None:
+    def _evaluate(self, batch: Episode, split: str, metric: EpisodeMean, loss: MeanMetric) -> None:
         logits = self.predict(batch)
-        metric.update(accuracy(logits, batch.query_y))
+        metric.update(score(logits, batch.query_y), batch.measure)
         loss.update(self.loss(logits, batch.query_y).mean(1))
         self.log(f"{split}/loss", loss, batch_size=len(batch.query_y))
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Score the validation episodes of a batch."""
-        self._evaluate(batch, "val", self.val_accuracy, self.val_loss)
+        self._evaluate(batch, "val", self.val_score, self.val_loss)
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Score the test episodes of a batch."""
-        self._evaluate(batch, "test", self.test_accuracy, self.test_loss)
+        self._evaluate(batch, "test", self.test_score, self.test_loss)
 
-    def _log_epoch(self, split: str, metric: EpisodeAccuracy) -> None:
+    def _log_epoch(self, split: str, metric: EpisodeMean) -> None:
         for name, value in metric.compute().items():
-            self.log(f"{split}/{name}", value, prog_bar=name == "acc")
+            self.log(f"{split}/{name}", value, prog_bar=name == metric.measure)
         metric.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/acc and val/acc_ci95."""
-        self._log_epoch("val", self.val_accuracy)
+        """Log val/acc and val/acc_ci95, of real targets val/mse and val/mse_ci95."""
+        self._log_epoch("val", self.val_score)
 
     def on_test_epoch_end(self) -> None:
-        """Log test/acc and test/acc_ci95."""
-        self._log_epoch("test", self.test_accuracy)
+        """The same of the test episodes."""
+        self._log_epoch("test", self.test_score)
 
     def configure_optimizers(self) -> Any:
         """The outer optimiser and, if asked for, its schedule."""

@@ -1,22 +1,26 @@
 """EmbeddingLearner: one network embeds, a head on embeddings classifies. Floor 3."""
 
-from abc import abstractmethod
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.blocks import is_transductive
+from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier, Episode
 from pipeline.functional import Loss, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
+SOLVED = 2**23  # numbers in the systems that heads solve at a time, (n_way, m, m) a task
+BASE_IMAGES = 2048  # training images whose mean embedding stands for that of all
 
 
 class EmbeddingLearner(MetaLearner):
     """A learner whose `adapt` is `embed` followed by a `head`.
 
     With an inductive backbone an image's embedding does not depend on its episode, so a whole
-    split can be embedded once and thousands of episodes become gathers (see `evaluation`).
+    split can be embedded once and thousands of episodes become gathers (see `evaluation`). A
+    learner gives `head`, for one task, or `heads`, for many: each is written by the other.
     """
 
     def __init__(
@@ -33,7 +37,6 @@ class EmbeddingLearner(MetaLearner):
         """Images (m, C, H, W) -> embeddings (m, d)."""
         return self.backbone(x)
 
-    @abstractmethod
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """Turn support embeddings (m, d) into a classifier of query embeddings (q, d).
 
@@ -44,15 +47,19 @@ class EmbeddingLearner(MetaLearner):
             support_y: (m,), classes 0..n_way-1, each present.
             n_way: number of classes.
         """
+        z, y = support_z.unsqueeze(0), support_y.unsqueeze(0)
+        return lambda query_z: self.heads(z, y, query_z.unsqueeze(0), n_way).squeeze(0)
 
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """`head` of many tasks at once: (t, m, d), (t, m), (t, q, d) -> logits (t, q, n_way)."""
-        return torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q))(support_z, support_y, query_z)
+        size = max(1, SOLVED // (n_way * support_y.shape[1] ** 2))
+        head = torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q), chunk_size=size)
+        return head(support_z, support_y, query_z)
 
     @property
     def embeds_once(self) -> bool:
         """Whether images may be embedded apart from their episodes, and `head` does the rest."""
-        return self.protocol == "inductive" and type(self).adapt is EmbeddingLearner.adapt
+        return not is_transductive(self) and type(self).adapt is EmbeddingLearner.adapt
 
     def compile_networks(self) -> None:
         """See `MetaLearner.compile_networks`."""
@@ -87,3 +94,17 @@ class EmbeddingLearner(MetaLearner):
             return super().predict(batch)
         support_z, query_z = self.embed_tasks(batch)
         return self.heads(support_z, batch.support_y, query_z, batch.n_way)
+
+
+@torch.no_grad()
+def base_mean(learner: EmbeddingLearner, data: EpisodicDataModule) -> Tensor:
+    """(d,) mean embedding of up to `BASE_IMAGES` training images, evenly spread over the pool."""
+    was_training = learner.training
+    learner.eval()
+    images = np.flatnonzero(np.isin(data.pool.labels, data.classes("train")))
+    spread = np.linspace(0, len(images) - 1, min(BASE_IMAGES, len(images)))
+    chosen = torch.from_numpy(images[spread.astype(np.int64)])
+    parts = (data.prepare(data.images(c, learner.device)) for c in chosen.split(EMBED_BATCH))
+    mean = torch.cat([learner.embed(part) for part in parts]).mean(0)
+    learner.train(was_training)
+    return mean

@@ -8,19 +8,25 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.datamodule import EpisodicDataModule, Split
+from pipeline.annotations import Measure
+from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.episodes import EpisodeIndices, EpisodeSampler
+from pipeline.data.functions import FunctionEpisodes
+from pipeline.data.loaders import EpisodeLoaders, Split
 from pipeline.episode import Episode
 from pipeline.functional import MeanInterval, mean_ci95
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 from pipeline.learners.gradient import GradientLearner
+from pipeline.learners.regression import FunctionScorer
+from pipeline.learners.with_head import WithHead
 
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
@@ -41,13 +47,18 @@ class Scores(NamedTuple):
     classes: np.ndarray
     episode_list: str
 
-    def accuracy(self) -> np.ndarray:
+    @property
+    def measure(self) -> Measure:
+        """What `by_episode` is."""
+        return "acc"
+
+    def by_episode(self) -> np.ndarray:
         """(episodes,) share of correct queries."""
         return self.correct.mean(1)
 
     def interval(self) -> MeanInterval:
         """Mean accuracy over episodes and its 95 % half width, in 0..1."""
-        return mean_ci95(torch.from_numpy(self.accuracy()))
+        return mean_ci95(torch.from_numpy(self.by_episode()))
 
     def by_class(self) -> dict[int, float]:
         """Accuracy of the queries of each class."""
@@ -147,30 +158,53 @@ def _as_bytes(chosen: EpisodeIndices) -> bytes:
     return np.concatenate(rows, axis=1).astype("<i8").tobytes()
 
 
-def accuracy_by_steps(
-    learner: GradientLearner, data: EpisodicDataModule, sampler: EpisodeSampler, episodes: int
+def make_scorer(
+    learner: MetaLearner, data: EpisodeLoaders, split: Split
+) -> Scorer | FunctionScorer:
+    """What scores a learner on tasks of this data."""
+    if isinstance(data, EpisodicDataModule):
+        return Scorer(learner, data, split)
+    return FunctionScorer(learner, data)
+
+
+@contextmanager
+def adapting_in(learner: MetaLearner, steps: int | None) -> Iterator[None]:
+    """Evaluation with another number of inner steps; None leaves it."""
+    if steps is None or not isinstance(learner, GradientLearner):
+        yield
+        return
+    own = learner.eval_inner_steps
+    learner.eval_inner_steps = steps
+    try:
+        yield
+    finally:
+        learner.eval_inner_steps = own
+
+
+def score_by_steps(
+    learner: GradientLearner,
+    data: EpisodeLoaders,
+    sampler: EpisodeSampler | FunctionEpisodes,
+    episodes: int,
 ) -> dict[int, float]:
-    """Test accuracy after some numbers of inner steps, from none to those that it is tested with.
+    """Mean test score after some numbers of inner steps, from none to those it is tested with.
 
     Every step up to three, then about a third more each time: what a long inner loop does is seen
     from few evaluations.
     """
     steps = learner.eval_inner_steps
     shown = sorted({min(k, steps) for k in (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 50, steps)})
-    scorer = Scorer(learner, data, "test")
-    try:
-        out = {}
-        for k in shown:
-            learner.eval_inner_steps = k
-            out[k] = scorer.score(sampler, episodes).interval().mean
-        return out
-    finally:
-        learner.eval_inner_steps = steps
+    scorer = make_scorer(learner, data, "test")
+    out = {}
+    for k in shown:
+        with adapting_in(learner, k):
+            out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]
+    return out
 
 
 def adaptation_seconds(
     learner: MetaLearner,
-    data: EpisodicDataModule,
+    data: EpisodeLoaders,
     split: Split,
     n_way: int,
     k_shot: int,
@@ -179,24 +213,26 @@ def adaptation_seconds(
 ) -> float:
     """Median time to adapt to one task, images on the device already, in seconds.
 
+    A transductive head adapts when it sees the queries; its time is that of all the task.
+
     Args:
         learner: in whatever mode; timed in eval mode on the device it is on.
-        data, split, n_way, k_shot, n_query: whose first episodes are adapted to; their queries are
-            not looked at.
+        data, split, n_way, k_shot, n_query: whose first episodes are adapted to.
         tasks: how many are timed, one at a time.
     """
     device, was_training = learner.device, learner.training
     sampler = data.sampler(split, n_way, k_shot, n_query)
-    y = torch.arange(n_way, device=device).repeat_interleave(k_shot)
+    with_queries = isinstance(learner, WithHead) and learner.top.transductive
     learner.eval()
     seconds = []
     with torch.inference_mode():
         for index in range(WARM_UP + tasks):
-            chosen = torch.from_numpy(sampler.sample([index]).support).flatten()
-            x = data.prepare(data.images(chosen, device))  # (n_way*k_shot, C, H, W)
+            task = data.task(sampler, index, device)
             _wait(device)
             start = time.perf_counter()
-            learner.adapt(x, y)
+            classify = learner.adapt(task.support_x, task.support_y)
+            if with_queries:
+                classify(task.query_x)
             _wait(device)
             seconds.append(time.perf_counter() - start)
     learner.train(was_training)

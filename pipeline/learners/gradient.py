@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import ChunkSize, Engine, chunks, each_task, resolve
 from pipeline.episode import Classifier, Episode
 from pipeline.errors import UserError
-from pipeline.functional import Loss, Params, accuracy, count_ways, gradient
+from pipeline.functional import Loss, Params, count_ways, gradient, score
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 R = TypeVar("R")
 Adapted = Literal["all", "head", "body"]
 Gradient = tuple[Params, Tensor, Tensor]
-"""Meta-gradient, query loss and query accuracy."""
+"""Meta-gradient, query loss and query score."""
 
 
 class Bound(NamedTuple):
@@ -44,7 +44,7 @@ class InnerCurve(NamedTuple):
 
     Attributes:
         support_loss: what the inner loop descends.
-        query_accuracy: in 0..1.
+        query_accuracy: in 0..1; of real targets the mean squared error.
     """
 
     support_loss: list[float]
@@ -75,6 +75,8 @@ class GradientLearner(MetaLearner):
         adapted: "all" parameters, only the "head" (ANIL) or only the "body" (BOIL).
         engine: how the tasks of a meta-batch are run; see `engine`.
     """
+
+    regresses: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class GradientLearner(MetaLearner):
         for k in range(steps + 1):
             adapted = [(self.adapt_in(k, t.support_x, t.support_y), t) for t in batch.tasks()]
             losses = [self.loss(c(t.support_x), t.support_y).mean() for c, t in adapted]
-            accuracies = [accuracy(c(t.query_x), t.query_y) for c, t in adapted]
+            accuracies = [score(c(t.query_x), t.query_y) for c, t in adapted]
             curve.support_loss.append(float(torch.stack(losses).mean()))
             curve.query_accuracy.append(float(torch.stack(accuracies).mean()))
         return curve
@@ -208,16 +210,16 @@ class GradientLearner(MetaLearner):
             batch.support_x, batch.support_y, batch.query_x
         )
 
+    def task_loss(self, theta: Params, task: Episode) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Outer loss of one task as a function of theta, with query loss and score to report."""
+        classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
+        logits = classify(task.query_x)
+        loss = self.loss(logits, task.query_y).mean()
+        return loss, (loss.detach(), score(logits, task.query_y))
+
     def task_gradient(self, theta: Params, task: Episode) -> Gradient:
-        """Gradient of the query loss of one task after adaptation, with respect to theta."""
-
-        def query_loss(theta: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            classify = self.adapt_from(theta, task.support_x, task.support_y, self.inner_steps)
-            logits = classify(task.query_x)
-            loss = self.loss(logits, task.query_y).mean()
-            return loss, (loss.detach(), accuracy(logits, task.query_y))
-
-        grads, (loss, acc) = gradient(query_loss, theta)
+        """Gradient of the outer loss of one task with respect to theta."""
+        grads, (loss, acc) = gradient(lambda at: self.task_loss(at, task), theta)
         return grads, loss, acc
 
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:

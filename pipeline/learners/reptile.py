@@ -11,7 +11,7 @@ from pipeline.annotations import NonNegativeInt, PositiveInt, Ways
 from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.errors import UserError
-from pipeline.functional import Loss, Params, accuracy, gradient
+from pipeline.functional import Loss, Params, gradient, score
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Gradient, GradientLearner, below
 
@@ -88,7 +88,7 @@ class Reptile(GradientLearner):
         return list(order.split(size)[: self.inner_steps])
 
     def task_gradient(self, theta: Params, task: Episode) -> Gradient:
-        """Theta - phi, with the query loss and accuracy of phi (not used by the step)."""
+        """Theta - phi, with the query loss and score of phi (not used by the step)."""
         parts = self._batches(len(task.support_y), int(task.id))
         batches = [(task.support_x[p], task.support_y[p]) for p in parts]
         start = below(theta, "net")
@@ -96,7 +96,7 @@ class Reptile(GradientLearner):
         with torch.no_grad():
             logits = self._predict(phi, task.query_x)
             loss = self.loss(logits, task.query_y).mean()
-        return _towards(start, phi), loss, accuracy(logits, task.query_y)
+        return _towards(start, phi), loss, score(logits, task.query_y)
 
     def stacked_gradient(self, theta: Params, batch: Episode) -> Gradient:
         """See `GradientLearner.stacked_gradient`.
@@ -115,7 +115,7 @@ class Reptile(GradientLearner):
         with torch.no_grad():
             logits = torch.vmap(self._predict, randomness="different")(phi, batch.query_x)
             loss = self.loss(logits, batch.query_y).mean(1)
-        return _towards(start, phi), loss, accuracy(logits, batch.query_y)
+        return _towards(start, phi), loss, score(logits, batch.query_y)
 
     def compile_networks(self) -> None:
         """Refused: the inner loop is that of an optimiser."""

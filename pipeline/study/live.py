@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
@@ -31,10 +32,15 @@ class Progress:
     Args:
         total: trials that shall end.
         steps: outer steps of a whole training; None if reports do not count steps.
+        objective: the first one, by which trials are ranked.
+        mode: which of two values of it is the better one.
     """
 
-    def __init__(self, name: str, total: int, steps: int | None) -> None:
+    def __init__(
+        self, name: str, total: int, steps: int | None, objective: str, mode: Literal["max", "min"]
+    ) -> None:
         self.name, self.total, self.steps = name, total, steps
+        self.objective, self._best = objective, max if mode == "max" else min
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._tty = sys.stdout.isatty()
@@ -69,9 +75,8 @@ class Progress:
         for name in ("pruned", "running", "waiting", "fail"):
             if count := states[TrialState[name.upper()]]:
                 parts.append(f"{count} {name}")
-        best = max((t.values[0] for t in trials if t.state == TrialState.COMPLETE), default=None)
-        if best is not None:
-            parts.append(f"best {best:.4f}")
+        if found := [t.values[0] for t in trials if t.state == TrialState.COMPLETE]:
+            parts.append(f"best {self._best(found):.4f}")
         if left := self._left(trials, done, slots):
             parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
         return "  ".join(parts)
@@ -83,7 +88,7 @@ class Progress:
 
     def _running(self, trials: Sequence[FrozenTrial]) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("trial", "since", "step", "val/acc", "values"):
+        for name in ("trial", "since", "step", self.objective, "values"):
             table.add_column(name, justify="left" if name == "values" else "right")
         for trial in trials:
             if trial.state != TrialState.RUNNING:

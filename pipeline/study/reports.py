@@ -14,7 +14,7 @@ BLOCK = 10  # validation episodes that WilcoxonPruner takes as one observation
 
 
 class Reports(Callback):
-    """Reports val/acc after each validation, and stops the training if the pruner says so.
+    """Reports a score after each validation, and stops the training if the pruner says so.
 
     The training ends as one that is done: raising from within would mark its run FAILED.
 
@@ -42,9 +42,9 @@ class Reports(Callback):
         self._storage.set_trial_user_attr(self._trial, "run_id", run.run_id)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Accuracies of blocks of episodes, before the learner sums them up."""
+        """Scores of blocks of episodes, before the learner sums them up."""
         if self._in_blocks:
-            values = torch.cat(pl_module.val_accuracy.values).tolist()
+            values = torch.cat(pl_module.val_score.values).tolist()
             for i in range(0, len(values), BLOCK):
                 block = values[i : i + BLOCK]
                 self._report((trainer.global_step * len(values) + i) // BLOCK, block)
@@ -52,7 +52,8 @@ class Reports(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report, ask, and stop."""
         if not self._in_blocks:
-            self._report(trainer.global_step, [float(trainer.callback_metrics["val/acc"])])
+            found = float(trainer.callback_metrics[self._objectives[0]])
+            self._report(trainer.global_step, [found])
         if len(self._objectives) > 1 or trainer.global_step >= trainer.max_steps:
             return
         if self._pruner.prune(self._study, self._storage.get_trial(self._trial)):

@@ -10,6 +10,7 @@ from annotated_types import Ge, MinLen
 from omegaconf import DictConfig, OmegaConf
 from pydantic import StringConstraints
 
+from pipeline.annotations import better
 from pipeline.errors import UserError
 from pipeline.signature import plain, value_problem
 from pipeline.study.space import Dimension, dimensions
@@ -26,7 +27,7 @@ KEYS: dict[str, Any] = {
     "study": Annotated[str, StringConstraints(pattern=r"^[\w.\-]+$")] | None,  # names a folder
     "sampler": Literal["tpe", "gp", "random", "grid", "qmc"],
     "pruner": Literal["hyperband", "median", "wilcoxon", "none"],
-    "objectives": Any,  # see _OBJECTIVES
+    "objectives": Any,  # see _objectives
     "heartbeat": Positive,
     "attempts": Positive,
     "retrain_best": bool,
@@ -34,7 +35,6 @@ KEYS: dict[str, Any] = {
 }
 _ITS_OWN = {"resume": "the same command goes on with a sweep", "run_name": "a trial has a number",
             "test": "a trial is never tested; retrain_best=true tests the best"}  # fmt: skip
-_OBJECTIVES = [["val/acc"], ["val/acc", "adapt_seconds"]]
 _NAMING = ("sampler", "pruner", "objectives")
 """Settings that make it another study; the others only say how it is carried out."""
 
@@ -46,6 +46,11 @@ class Settings(NamedTuple):
     overrides: list[str]  # those of the trainings
     space: list[Dimension]
     name: str
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which of two values of the first objective is the better one."""
+        return better(self.cfg.objectives[0].removeprefix("val/"))
 
     @property
     def steps_per_validation(self) -> int:
@@ -70,9 +75,12 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         for key, annotation in KEYS.items()
         if (problem := value_problem(cfg[key], annotation))
     ]
-    if plain(cfg.objectives) not in _OBJECTIVES:
-        allowed = " and ".join(f"[{','.join(each)}]" for each in _OBJECTIVES)
-        problems.append(f"objectives: found {plain(cfg.objectives)}; allowed are {allowed}")
+    cfg, allowed = cfg.copy(), _objectives(cfg.data)
+    if cfg.objectives and cfg.objectives[0] == "val":
+        cfg.objectives[0] = allowed[0][0]
+    if plain(cfg.objectives) not in allowed:
+        shown = " and ".join(f"[{','.join(each)}]" for each in allowed)
+        problems.append(f"objectives: found {plain(cfg.objectives)}; allowed are {shown}")
     theirs = [o for o in overrides if _root(o) not in {*KEYS, "space"}]
     problems += [f"{o}: {_ITS_OWN[_root(o)]}" for o in theirs if _root(o) in _ITS_OWN]
     if cfg.trainer.get("devices", 1) != 1:
@@ -99,11 +107,17 @@ def read(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         size = math.prod(len(each.grid()) for each in space)
         if cfg.n_trials > size:
             problems.append(f"n_trials: found {cfg.n_trials}; the grid of this space has {size}")
-    if plain(cfg.objectives) == _OBJECTIVES[1] and cfg.retrain_best:
+    if plain(cfg.objectives) == allowed[1] and cfg.retrain_best:
         problems.append("retrain_best: with several objectives there is no one best")
     if problems:
         raise UserError("\n".join(problems))
     return Settings(cfg, theirs, space, cfg.study or _name(cfg, space))
+
+
+def _objectives(data: DictConfig) -> list[list[str]]:
+    """What may be searched for; a task of one output has no classes but real targets."""
+    score = "val/mse" if data.n_way == 1 else "val/acc"
+    return [[score], [score, "adapt_seconds"]]
 
 
 def _has(cfg: DictConfig, key: str) -> bool:

@@ -69,22 +69,22 @@ def summarise(settings: Settings, study: Study, parent: Run, efficiency: float) 
         parent.log_metrics({"sweep/efficiency": efficiency}, len(frame))
     overrides = [*settings.overrides, *(as_override(k, v) for k, v in best[0].params.items())]
     parent.log_text("\n".join(overrides) + "\n", "study/best_overrides.txt")
-    _history(study, parent)
+    _history(study, parent, settings.mode)
     if importance := _importance(study):
         parent.log_text(json.dumps(importance, indent=1), "study/importance.json")
     parent.log_text(_plots(settings, study, importance), "study/plots.html")
 
 
-def _history(study: Study, parent: Run) -> None:
-    """The best val/acc so far after each trial, as a curve of the parent run."""
-    best = 0.0
+def _history(study: Study, parent: Run, mode: str) -> None:
+    """The best of the first objective after each trial, as a curve of the parent run."""
+    pick, found = max if mode == "max" else min, []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        best = max(best, trial.values[0])
-        parent.log_metrics({"best/so_far": best}, trial.number)
+        found.append(trial.values[0])
+        parent.log_metrics({"best/so_far": pick(found)}, trial.number)
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Share of each key in what makes val/acc vary; empty for few trials, or two objectives."""
+    """Share of each key in what makes the score vary; empty for few trials, or two objectives."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) > 1 or len(complete) < 3:
         return {}
@@ -124,7 +124,8 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     best = best_trials(study)
     if len(objectives) == 1:
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = sorted(complete, key=lambda t: t.values[0], reverse=True)[:SHOWN]
+        most = settings.mode == "max"
+        best = sorted(complete, key=lambda t: t.values[0], reverse=most)[:SHOWN]
     table = Table(title=f"{settings.name}: best of {settings.cfg.n_trials} trials, by validation",
                   title_justify="left")  # fmt: skip
     for name in ("trial", *objectives, "values"):
@@ -139,6 +140,7 @@ def print_best(settings: Settings, study: Study, url: str, parent: Run, efficien
     if not math.isnan(efficiency):
         print(f"workers were busy {100 * efficiency:.0f} % of the time")
     print(parent.where())
-    if address := view(parent, [each.key for each in settings.space]):
+    measure = objectives[0].removeprefix("val/")
+    if address := view(parent, [each.key for each in settings.space], measure):
         print(f"its trials: {address}")
     print(f"optuna-dashboard {shown_url(url)}   (pip install optuna-dashboard) shows the study")

@@ -171,8 +171,7 @@ def _run_trial(job: Job, run_id: str | None, reports: Any, study: "Study") -> Re
     if reports.pruned:
         study.tell(job.trial, state=TrialState.PRUNED, skip_if_finished=True)
         return {"state": "pruned"}
-    found = [result["val/acc"] if o == "val/acc" else reports.adapt_seconds
-              for o in job.objectives]  # fmt: skip
+    found = [reports.adapt_seconds if o == "adapt_seconds" else result[o] for o in job.objectives]
     study.tell(job.trial, found, skip_if_finished=True)
     return {}
 

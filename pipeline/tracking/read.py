@@ -33,8 +33,11 @@ class Reader:
     def __init__(self) -> None:
         self._client, self.uri = store.connect(), store.tracking_uri()
 
-    def experiment(self, name: str) -> pd.DataFrame:
+    def experiment(self, name: str, new: bool = False) -> pd.DataFrame:
         """All runs of an experiment; see `_search`.
+
+        Args:
+            new: whether there may be none of that name yet; it has no runs then.
 
         Raises:
             UserError: naming the experiments that there are, if there is none of that name.
@@ -42,6 +45,8 @@ class Reader:
         with store.opening(self.uri):
             there = {e.name: e.experiment_id for e in self._client.search_experiments()}
             if name not in there:
+                if new:
+                    return _frame([])
                 raise UserError(
                     f"experiment: no experiment {name!r} in {self.uri}; "
                     f"there are {', '.join(sorted(there))}"
@@ -105,10 +110,13 @@ class Reader:
     def accuracies(self, run_id: str, episode_list: str) -> pd.DataFrame | None:
         """Accuracy of every episode of a list in 0..1, a column a learner; None if not kept."""
         with store.opening(self.uri):
-            for entry in self._client.list_artifacts(run_id, "episodes"):
-                if entry.path.endswith(f"_{episode_list}.csv"):
-                    return pd.read_csv(self._client.download_artifacts(run_id, entry.path))
-        return None
+            kept = [  # a file of the learner's own test, and one a head
+                pd.read_csv(self._client.download_artifacts(run_id, entry.path))
+                for entry in self._client.list_artifacts(run_id, "episodes")
+                if entry.path.endswith(f"_{episode_list}.csv")
+            ]
+        joined = pd.concat(kept, axis=1) if kept else None
+        return None if joined is None else joined.loc[:, ~joined.columns.duplicated()]
 
     def curve(self, run_id: str, metric: str) -> pd.Series:
         """The values of a metric by step, the latest of each."""

@@ -139,14 +139,15 @@ def share_view(
     columns: Sequence[str] = COLUMNS,
     condition: str = "",
     best: str = "attributes.start_time",
+    ascending: bool = False,
 ) -> str:
     """Save columns that compare runs as a view of the runs table, which hides metrics.
 
     Args:
         key: of the view in the experiment.
         condition: of the runs that are shown.
-        best: what they are ordered by, the highest first. Ordered by time, runs below a parent are
-            folded away, and charts leave out what is.
+        best: what they are ordered by, the highest first unless `ascending`. Ordered by time, runs
+            below a parent are folded away, and charts leave out what is.
 
     Returns:
         The path of the view in MLflow's UI.
@@ -154,7 +155,7 @@ def share_view(
     view = {
         "searchFilter": condition,
         "orderByKey": best,
-        "orderByAsc": False,
+        "orderByAsc": ascending,
         "selectedColumns": list(columns),
     }
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pipeline.annotations import better
 from pipeline.errors import UserError
 from pipeline.tracking import store
 from pipeline.tracking.run import Run
@@ -61,13 +62,16 @@ def name_best(parent: Run, values: dict[str, Any]) -> None:
             parent.log_values(named)
 
 
-def view(parent: Run, keys: Sequence[str]) -> str | None:
+def view(parent: Run, keys: Sequence[str], measure: str) -> str | None:
     """The address of the trials in MLflow's UI, the best first, with these parameters as columns.
+
+    Args:
+        measure: what they are ranked by, acc or mse.
 
     Returns:
         None if the store does not take it.
     """
-    best = "metrics.`val/best_acc`"
+    best = f"metrics.`val/best_{measure}`"
     columns = [
         best,
         "tags.`optuna.state`",
@@ -79,6 +83,7 @@ def view(parent: Run, keys: Sequence[str]) -> str | None:
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     with _if_it_answers():
         client, key = store.connect(), f"study-{parent.run_id[:8]}"
-        path = store.share_view(client, parent.experiment_id, key, columns, wanted, best)
+        up = better(measure) == "min"
+        path = store.share_view(client, parent.experiment_id, key, columns, wanted, best, up)
         return f"{server}/{path}{store.CHARTS}"
     return None

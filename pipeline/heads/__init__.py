@@ -1,0 +1,1 @@
+"""Heads: published classifiers of fixed embeddings, one a file. Floor 1."""

@@ -1,0 +1,220 @@
+"""What a survey has to train and test, and which of it is on the shelf already. Floor 4."""
+
+import json
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+import hydra
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import config
+from pipeline.compose import CONF, compose_config
+from pipeline.errors import UserError
+from pipeline.signature import parameters
+from pipeline.tested import FLOOR
+from pipeline.tracking.read import Reader
+from pipeline.tracking.run import flatten
+from pipeline.tracking.store import find_checkpoint
+
+VALIDATIONS = 5  # in a training
+_ELSEWHERE = {"data.root", "data.num_workers", "trainer.accelerator", "init_from"}
+"""Parameters in which a finished run may differ from what is asked for."""
+
+
+class Job(NamedTuple):
+    """One training and what it is tested on.
+
+    Attributes:
+        name: of its run.
+        learner, data: as the table has them.
+        overrides: of `python -m pipeline.train`, but for `init_from`.
+        cfg: what they compose to.
+        tests: (n_way, k_shot) that the training's own test covers, then those that `evaluate` adds.
+        heads: names of heads to be tested too, by label.
+        after: the name of the run whose network it takes over; empty if it starts afresh.
+    """
+
+    name: str
+    learner: str
+    data: str
+    overrides: list[str]
+    cfg: DictConfig
+    tests: list[tuple[int, int]]
+    heads: dict[str, str]
+    after: str
+
+
+def plan(cfg: DictConfig) -> list[Job]:
+    """The jobs of a survey.
+
+    Raises:
+        UserError: a line for everything that cannot be composed or trained so.
+    """
+    names = sorted(p.stem for p in (CONF / "learner").glob("*.yaml"))
+    names = [n for n in names if "optimizer" in compose_config("train", [f"learner={n}"]).learner]
+    wanted = list(cfg.learners or names)
+    if unknown := sorted(set(wanted) - set(names)):
+        raise UserError(
+            f"learners: no learner {unknown[0]!r} to train; there are {', '.join(names)}"
+        )
+    half = OmegaConf.to_container(cfg.half)
+    assert isinstance(half, dict)
+    heads = _heads(cfg)
+    jobs, problems = [], []
+    for data, given in cfg.data.items():
+        for learner in wanted:
+            for ways in _ways(learner, cfg):
+                first = half.get(learner, "")
+                try:
+                    if first:
+                        jobs.append(_job(cfg, first, data, given, ways[:1], {}, 0.5))
+                    on_it = heads if learner == cfg.heads_on else {}
+                    after = jobs[-1].name if first else ""
+                    part = 0.5 if first else 1.0
+                    jobs.append(_job(cfg, learner, data, given, ways, on_it, part, after))
+                except UserError as error:
+                    problems += [f"{learner} on {data}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join(problems))
+    return list({job.name: job for job in jobs}.values())
+
+
+def _heads(cfg: DictConfig) -> dict[str, str]:
+    """Label and name of the heads to be tested."""
+    found = {}
+    there = sorted(p.stem for p in (CONF / "head").glob("*.yaml"))
+    if unknown := sorted(set(cfg.heads or []) - set(there)):
+        raise UserError(f"heads: no head {unknown[0]!r}; there are {', '.join(there)}")
+    for name in there:
+        head = config.build_head(compose_config("evaluate", [f"head={name}"]).head)
+        if name in cfg.heads if cfg.heads is not None else head.transductive:
+            found[head.label] = name
+    return found
+
+
+def _ways(learner: str, cfg: DictConfig) -> list[list[tuple[int, int]]]:
+    """The tests, grouped by what one training can be tested on."""
+    tests = [(n_way, k_shot) for n_way, k_shot in cfg.tests]
+    target = compose_config("train", [f"learner={learner}"]).learner._target_
+    if "n_way" not in parameters(hydra.utils.get_class(target)):
+        return [tests]
+    return [[t for t in tests if t[0] == n] for n in dict.fromkeys(t[0] for t in tests)]
+
+
+def _job(
+    cfg: DictConfig, learner: str, data: str, given: Mapping[str, Any],
+    tests: list[tuple[int, int]], heads: dict[str, str], part: float, after: str = "",
+) -> Job:  # fmt: skip
+    n_way = tests[0][0]
+    name = f"{learner} {data} {n_way}-way" + (" half" if part < 1 and not after else "")
+    overrides = [f"learner={learner}", f"data={data}", f"data.n_way={n_way}"]
+    overrides += [*as_overrides({"data": given}), *as_overrides(cfg.overrides)]
+    per_step = images_per_step(compose_config("train", overrides))
+    rounds = max(1, round(part * cfg.images / per_step / VALIDATIONS))
+    shots = sorted({k for n, k in tests if n == n_way})
+    overrides += [
+        f"trainer.max_steps={VALIDATIONS * rounds}",
+        f"data.batches_per_epoch={rounds}",
+        f"data.test_episodes={cfg.episodes}",
+        f"test_k_shot={shots}".replace(" ", ""),
+        f"experiment_name={cfg.experiment_name}",
+        f'run_name="{name}"',
+    ]
+    composed = compose_config("train", overrides)
+    config.check(composed)
+    return Job(name, learner, data, overrides, composed, tests, heads, after)
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`KEY=VALUE` of a nested mapping, as a command line has it."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dict(values))))
+    # JSON is what Hydra reads, but for an empty mapping, which says nothing
+    return [f"{k}={json.dumps(v)}" for k, v in flatten(plain).items() if v != {}]
+
+
+def images_per_step(cfg: DictConfig) -> float:
+    """Training images that one step of a composed `train` looks at; a range counts by its mean."""
+
+    def mean(value: Any) -> float:
+        return float(value) if isinstance(value, int) else sum(value) / len(value)
+
+    data = cfg.data
+    if data.images_per_batch:
+        return float(data.images_per_batch)
+    per_class = mean(data.train_k_shot) + data.train_n_query
+    return float(data.meta_batch_size * mean(data.train_n_way) * per_class)
+
+
+class Shelf:
+    """The runs of a survey's experiment."""
+
+    def __init__(self, experiment: str) -> None:
+        self._reader, self._experiment = Reader(), experiment
+        self._lock = threading.Lock()
+
+    def run_of(self, job: Job) -> str | None:
+        """The newest run that was, or is being, trained as the job asks."""
+        runs = self._reader.experiment(self._experiment, new=True)
+        asked = cast(dict[str, Any], OmegaConf.to_container(job.cfg, resolve=True))
+        settled = {k: v for k, v in flatten(asked).items() if v is not None and k not in _ELSEWHERE}
+        flat = {f"params.{k}": str(v) for k, v in settled.items()}
+        for run in runs[runs["name"] == job.name].to_dict("records"):
+            if all(run[k] == v for k, v in flat.items() if isinstance(run.get(k), str)):
+                return str(run["run_id"])
+        return None
+
+    def _table(self, job: Job) -> pd.DataFrame:
+        run = self.run_of(job)
+        table = self._reader.results(run) if run else pd.DataFrame()
+        if table.empty:
+            return pd.DataFrame(columns=["learner", "data", "n_way", "k_shot", "episodes"])
+        asked = (table["data"] == job.data) & (table["episodes"] == job.cfg.data.test_episodes)
+        return table[asked]
+
+    def results(self, job: Job) -> pd.DataFrame:
+        """The rows of results.json that are of the learner, with or without another head."""
+        table = self._table(job)
+        return table[table["learner"] != FLOOR]
+
+    def floor(self, job: Job) -> pd.DataFrame:
+        """Those of the pixel floor."""
+        table = self._table(job)
+        return table[table["learner"] == FLOOR]
+
+    def missing(self, job: Job) -> list[str]:
+        """The next command of a job: module and arguments; empty if it is done."""
+        with self._lock:
+            run, table = self.run_of(job), self.results(job)
+        heads = table["learner"].map(_head_of)
+        done = set(zip(heads, table["n_way"], table["k_shot"], strict=True))
+        if not done:
+            return ["pipeline.train", *self._start(job, run)]
+        for label, name in {"": "", **job.heads}.items():
+            for n_way in dict.fromkeys(n for n, _ in job.tests):
+                shots = [k for n, k in job.tests if n == n_way and (label, n, k) not in done]
+                if shots:
+                    shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
+                    head = [f"head={name}"] if name else []
+                    return ["pipeline.evaluate", f"run={run}", *shape, *head]
+        return []
+
+    def _start(self, job: Job, run: str | None) -> list[str]:
+        if run:
+            with suppress(UserError):  # stopped before its first checkpoint: from the start
+                find_checkpoint(run, "last")
+                return [f"resume={run}"]
+        if not job.after:
+            return job.overrides
+        runs = self._reader.experiment(self._experiment)
+        first = runs[runs["name"] == job.after]
+        if first.empty:
+            raise UserError(f"there is no run {job.after!r} to start from")
+        return [*job.overrides, f"init_from={first['run_id'].iat[0]}"]
+
+
+def _head_of(learner: str) -> str:
+    """`TIM` of `Baseline + TIM`."""
+    return learner.partition(" + ")[2]
