@@ -14,6 +14,8 @@ from pipeline.inner import SGD, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
+PAIRED = 2**23  # numbers in the pairs of codes that the relation network sees at a time
+
 
 class Solution(NamedTuple):
     """What a support set comes to.
@@ -40,15 +42,14 @@ class Leo(EmbeddingLearner):
     evaluation takes the means. Only embeddings are adapted to, for any number of classes, so this
     is an embedding learner: images are embedded once, and tasks solved side by side.
 
-    The paper trains all this on embeddings of a fixed, supervised network (WRN-28-10); here the
-    backbone trains along, and its dropout stands for that on embeddings. Standard deviations are
-    exponentials, where the authors' code cuts off what falls below zero. Its L2 penalty is
-    `optimizer.weight_decay`.
+    The paper trains this on embeddings of a fixed, supervised network (WRN-28-10); here the
+    backbone trains along, and its dropout stands for theirs. Deviations are softplus, for their
+    exponential cut off below zero; their L2 penalty is `optimizer.weight_decay`.
 
     Args:
         latent: numbers in a code.
-        inner_steps, inner_lr: in the space of codes, on the mean loss; the learned rates of its
-            dimensions start at inner_lr.
+        inner_steps, inner_lr: in the space of codes, on the sum over classes of their mean losses;
+            the learned rates of its dimensions start at inner_lr.
         finetuning_steps, finetuning_lr: the same in the space of weights.
         kl_weight: beta of eq. 6, of the mean over dimensions as in the authors' code.
         encoder_weight: gamma, of the squared way that codes went, so that the encoder goes it.
@@ -83,9 +84,12 @@ class Leo(EmbeddingLearner):
             nn.Linear(both, both, bias=False),
         )  # fmt: skip
         self.decoder = nn.Linear(latent, 2 * d, bias=False)
-        for part in (self.encoder, *self.relation, self.decoder):
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
+        for weight in (
+            *self.encoder.parameters(),
+            *self.relation.parameters(),
+            self.decoder.weight,
+        ):
+            nn.init.xavier_uniform_(weight)
         self.inner_lr = nn.Parameter(torch.full((latent,), float(inner_lr)))
         self.finetuning_lr = nn.Parameter(torch.full((d,), float(finetuning_lr)))
 
@@ -112,9 +116,9 @@ class Leo(EmbeddingLearner):
         return mean, deviation(spread)
 
     def decode(self, code: Tensor, noise: Tensor | None) -> Tensor:
-        """Weights (n_way, d) of codes (n_way, latent): their mean, or a sample by (n_way, d) noise.
+        """Weights (n_way, d) of codes (n_way, latent): the mean, or a sample by (n_way, d) noise.
 
-        The deviation is that of Glorot's initialisation at first, as in the authors' code.
+        Their deviation is at first that of Glorot's initialisation, as in the authors' code.
         """
         mean, spread = self.decoder(code).chunk(2, 1)  # (n_way, d) each
         if noise is None:
@@ -157,6 +161,12 @@ class Leo(EmbeddingLearner):
         """See `EmbeddingLearner.head`; without noise."""
         weights = self.solve(support_z, support_y, n_way).weights
         return lambda query_z: query_z @ weights.T
+
+    def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
+        """See `EmbeddingLearner.heads`; as many tasks at a time as have few enough pairs."""
+        size = max(1, PAIRED // (support_y.shape[1] ** 2 * 2 * len(self.inner_lr)))
+        head = torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q), chunk_size=size)
+        return head(support_z, support_y, query_z)
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 6, with noise; see `MetaLearner.meta_loss`."""
