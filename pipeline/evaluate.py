@@ -60,7 +60,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     keep_freed_memory()
     step = checkpoints.load_weights(learner, path)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
-    trained.data = sources.with_source(trained.data, source, image_shape, **changes)
+    try:
+        trained.data = sources.with_source(trained.data, source, image_shape, **changes)
+    except UserError as error:
+        raise UserError(f"data: {error}") from error
     config.check(trained)
     data = config.build_data(trained.data)
     sets = make_test_sets(trained, data, others, shots)
