@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
 from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
+from pipeline.heads.base import Head
 from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain, value_problem
 from pipeline.sources import (
@@ -75,10 +76,10 @@ _ROOT: dict[str, dict[str, Any]] = {
         "heads_on": str,
         "images": PositiveInt,
         "half": dict[str, str],
-        "data": dict[str, list[str]],
+        "data": dict[str, dict[str, Any]],
         "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
         "episodes": PositiveInt,
-        "overrides": list[str],
+        "overrides": dict[str, Any],
         "workers": PositiveInt | Literal["auto"],
         "experiment_name": Annotated[str, MinLen(1)],
         "out": Annotated[str, MinLen(1)],
@@ -86,7 +87,7 @@ _ROOT: dict[str, dict[str, Any]] = {
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
-_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data"},
+_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
            "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
@@ -122,12 +123,15 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def check_root(cfg: DictConfig, command: str) -> None:
-    """Check the keys of a command that belong to no group.
+    """Check the keys of a command that belong to no group, and its head.
 
     Raises:
         UserError: one line for each problem.
     """
-    if problems := list(_root_problems(cfg, command)):
+    problems = list(_root_problems(cfg, command))
+    if command == "evaluate" and "head" in cfg:
+        problems += _node_problems(cfg.head, "head")
+    if problems:
         raise UserError("\n".join(problems))
 
 
@@ -226,6 +230,12 @@ def build_data(data: DictConfig) -> EpisodeLoaders:
     source = {k: data[k] for k in data if k not in episodic}
     parts = _instantiate(OmegaConf.create(episodic))
     return data_module(data)(_instantiate(OmegaConf.create(source)), **parts)
+
+
+def build_head(head: DictConfig) -> Head:
+    """The head of a checked `head` node."""
+    built: Head = _instantiate(head)
+    return built
 
 
 def build_learner(

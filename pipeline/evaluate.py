@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.train import quieten
+
+if TYPE_CHECKING:
+    from pipeline.learners.base import MetaLearner
+    from pipeline.learners.with_head import WithHead
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,21 +56,26 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     shots = [shots] if isinstance(shots, int) else list(shots)
 
     learner = config.build_learner(trained, image_shape, pretrained=False)
+    keep_freed_memory()
+    step = checkpoints.load_weights(learner, path)
+    learner.to("cuda" if torch.cuda.is_available() else "cpu")
+    scored_by = ""
+    if "head" in cfg:
+        learner = _under_head(learner, cfg, trained.data, overrides)
+        scored_by = learner.short_label
+        changes |= {"train_n_way": cfg.n_way} if cfg.n_way else {}  # the learner's own head is off
     if cfg.n_way is not None:
         try:
             learner.check_ways(cfg.n_way)
         except ValueError as error:
             raise UserError(str(error)) from error
-    keep_freed_memory()
-    step = checkpoints.load_weights(learner, path)
-    learner.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         trained.data = sources.with_source(trained.data, source, image_shape, **changes)
     except UserError as error:
         raise UserError(f"data: {error}") from error
     config.check(trained)
     data = config.build_data(trained.data)
-    sets = make_test_sets(trained, data, others, shots)
+    sets = [s._replace(scored_by=scored_by) for s in make_test_sets(trained, data, others, shots)]
     refuse_seen(checkpoints.stored_seen(path), sets)
     csv = f"evaluations/{datetime.now(UTC):%Y%m%dT%H%M%SZ}.csv"
     network = config.backbone_label(trained)
@@ -74,6 +83,34 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return reporting.test_and_report(
             tracked, learner, sets, network, trained.published, step, main=None, csv=csv
         )
+
+
+def _under_head(
+    learner: "MetaLearner", cfg: DictConfig, trained_on: DictConfig, overrides: Sequence[str]
+) -> "WithHead":
+    """The trained network under the head asked for, named after it and what was changed of it.
+
+    Raises:
+        UserError: if the learner has no embeddings.
+    """
+    from pipeline import config
+    from pipeline.data.datamodule import EpisodicDataModule
+    from pipeline.learners.embedding import EmbeddingLearner, base_mean
+    from pipeline.learners.with_head import WithHead
+
+    if not isinstance(learner, EmbeddingLearner):
+        raise UserError(
+            f"head: works on embeddings, but {cfg.run or cfg.checkpoint} is a {learner.label}, "
+            "which has none; an embedding learner (protonet) has"
+        )
+    head = config.build_head(cfg.head)
+    changed = ", ".join(o.removeprefix("head.") for o in overrides if o.startswith("head."))
+    centre = None
+    if head.features == "CL2N":
+        images = config.build_data(trained_on)
+        assert isinstance(images, EpisodicDataModule)  # an embedding learner sees no other
+        centre = base_mean(learner, images)
+    return WithHead(learner, head, centre, f" ({changed})" if changed else "").eval()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,51 @@ def gradient(loss: Callable[[Params], tuple[Tensor, Aux]], at: Params) -> tuple[
     return dict(zip(at, parts, strict=True)), aux
 
 
+def hessian(loss: Callable[[Params], Tensor], at: Params) -> Callable[[Params], Params]:
+    """The Hessian of a scalar at a point, as its product with vectors (Pearlmutter 1994).
+
+    The gradient is computed once and its graph is kept; a product is one backward pass through it.
+    The result is a constant.
+    """
+    at = {k: v.detach() for k, v in at.items()}
+    times = torch.func.vjp(torch.func.grad(loss), at)[1]
+    return lambda v: {k: x.detach() for k, x in times(v)[0].items()}  # symmetric: vH = Hv
+
+
+def conjugate_gradient(times: Callable[[Params], Params], b: Params, steps: int) -> Params:
+    """Solve A x = b for symmetric A from x = 0: Hestenes, Stiefel 1952.
+
+    Every step is exact in one more direction. It ends early where A is not positive, as a truncated
+    Newton step does (Steihaug 1983), or nothing is left to solve; no step depends on a value in
+    Python, so tasks may be stacked.
+
+    Args:
+        times: A, as its product with a vector.
+        steps: products with A.
+
+    Returns:
+        x, same keys as b.
+    """
+    x = {k: torch.zeros_like(v) for k, v in b.items()}
+    residual, direction, square = b, b, _dot(b, b)
+    going = square > 0
+    for _ in range(steps):
+        image = times(direction)
+        curvature = _dot(direction, image)
+        going = going & (curvature > 0)
+        rate = torch.where(going, square / curvature, 0)
+        x = {k: v + rate * direction[k] for k, v in x.items()}
+        residual = {k: v - rate * image[k] for k, v in residual.items()}
+        before, square = square, _dot(residual, residual)
+        mixing = torch.where(going, square / before, 0)
+        direction = {k: v + mixing * direction[k] for k, v in residual.items()}
+    return x
+
+
+def _dot(a: Params, b: Params) -> Tensor:
+    return torch.stack([(v * b[k]).sum() for k, v in a.items()]).sum()
+
+
 class MeanInterval(NamedTuple):
     """A mean over episodes and the half width of its interval, in the unit of the values."""
 

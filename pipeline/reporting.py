@@ -104,11 +104,9 @@ def _first_episode(
     """A picture of test episode 0 with the predictions of the learner."""
     sampler = data.sampler("test", test.n_way, test.k_shot, test.n_query)
     episode = EpisodeDataset(data.pool, sampler)[0]
-    device = learner.device
     with torch.inference_mode():
-        support = data.prepare(episode.support_x.to(device))
-        query = data.prepare(episode.query_x.to(device))
-        logits = learner.adapt(support, episode.support_y.to(device))(query)
+        task = data.task(sampler, 0, learner.device)
+        logits = learner.adapt(task.support_x, task.support_y)(task.query_x)
     predicted = logits.argmax(1).cpu()
     right = 100 * float((predicted == episode.query_y).float().mean())
     names = [data.pool.class_names[c] for c in sampler.sample([0]).classes[0]]

@@ -37,7 +37,11 @@ INNER_STEPS = (1, 5, 10)
 
 
 class FixedEpisodes(NamedTuple):
-    """Fixed episodes on which learners are compared."""
+    """Fixed episodes on which learners are compared.
+
+    Attributes:
+        scored_by: the head under which the network is tested; empty for the learner's own.
+    """
 
     name: str
     data: EpisodeLoaders
@@ -45,6 +49,7 @@ class FixedEpisodes(NamedTuple):
     k_shot: int
     n_query: int
     episodes: int
+    scored_by: str = ""
 
     def sampler(self) -> EpisodeSampler | FunctionEpisodes:
         """The stream of these episodes: the same for every learner and run."""
@@ -52,10 +57,14 @@ class FixedEpisodes(NamedTuple):
 
     @property
     def key(self) -> str:
-        """As metric names have it: digits_5w1s, of regression sinusoid_5s."""
+        """As names of metrics and files have it: digits_5w1s, of regression sinusoid_5s.
+
+        Under a head digits_5w1s_TIM.
+        """
         name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
         ways = f"{self.n_way}w" if self.data.measure == "acc" else ""
-        return f"{name}_{ways}{self.k_shot}s"
+        head = re.sub(r"[^\w.\-]+", "_", self.scored_by).strip("_")
+        return f"{name}_{ways}{self.k_shot}s" + (f"_{head}" if head else "")
 
     @property
     def task(self) -> str:

@@ -176,7 +176,7 @@ def relation_by_hand(learner: RelationNet, pairs: torch.Tensor) -> torch.Tensor:
         x = torch.relu(x)
         x = F.max_pool2d(x, 2) if x.shape[2] > 1 else x
     first, last = learner.score[8], learner.score[10]
-    return last(torch.relu(first(x.flatten(1))))
+    return torch.sigmoid(last(torch.relu(first(x.flatten(1)))))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,23 @@ def test_relations_by_pairs(backbone, maps, training, pooled):
     ]  # fmt: skip
     expected = relation_by_hand(learner, torch.stack(pairs)).view(2, 4, 3)
     torch.testing.assert_close(learner.heads(support, SUPPORT_Y, query, 3), expected)
+
+
+def test_the_loss_of_relations_is_the_papers():
+    """Squared error of one-hot targets; other losses take the same scores as logits."""
+    learner = relation(conv4(4))
+    support, query = embeddings(learner.backbone.out_dim)
+    scores = learner.heads(support, SUPPORT_Y, query, 3)
+    y = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    expected = torch.zeros(2, 4).double()
+    for t in range(2):
+        for j in range(4):
+            target = [float(c == y[t, j]) for c in range(3)]
+            squares = [(r - s) ** 2 for r, s in zip(scores[t, j], target, strict=True)]
+            expected[t, j] = sum(squares) / 3
+    torch.testing.assert_close(learner.loss(scores, y), expected)
+    learner.loss_name = "cross_entropy"
+    torch.testing.assert_close(learner.heads(support, SUPPORT_Y, query, 3).sigmoid(), scores)
 
 
 def test_relations_in_parts_are_the_same(monkeypatch):

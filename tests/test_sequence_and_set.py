@@ -93,7 +93,7 @@ def test_dilations_reach_the_first_step_and_no_more_than_needed(length, expected
 
 def test_the_label_has_a_length():
     support, query = embeddings(6)
-    with pytest.raises(ValueError, match="n_way: 4 classes, but this learner was trained for 3"):
+    with pytest.raises(ValueError, match="n_way: 4 classes, but this SNAIL was trained for 3"):
         build_snail().heads(support, SUPPORT_Y, query, 4)
     blocks = [sum(isinstance(b, kind) for b in build_snail(shots=s).blocks)
               for s in (1, (1, 5)) for kind in (DenseBlock, AttentionBlock)]  # fmt: skip

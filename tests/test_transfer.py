@@ -16,6 +16,7 @@ from pipeline.data.passes import ImageSampler
 from pipeline.data.transforms import Augmentation
 from pipeline.errors import UserError
 from pipeline.heads.simple_shot import SimpleShot
+from pipeline.learners import embedding
 from pipeline.learners.transfer import CosineClassifier, Transfer
 from pipeline.seen import Seen
 from pipeline.tracking import store
@@ -186,7 +187,7 @@ def test_the_classifier_of_baseline_plus_plus_is_a_cosine_times_a_learned_length
         torch.testing.assert_close(layer(7 * z), before)
 
 
-def test_the_base_mean_is_that_of_the_training_images():
+def test_the_base_mean_is_that_of_the_training_images(monkeypatch):
     model = learner()
     fit(model, 4)
     source = BlobSource()
@@ -194,6 +195,11 @@ def test_the_base_mean_is_that_of_the_training_images():
     with torch.no_grad():
         z = model.eval().backbone(torch.from_numpy(images).float())
     torch.testing.assert_close(model.base_mean, z.mean(0), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(embedding, "BASE_IMAGES", 9)
+    spread = z[[0, 22, 44, 67, 89, 111, 134, 156, 179]]  # of 180 images, class after class
+    torch.testing.assert_close(
+        embedding.base_mean(model, blob_data()), spread.mean(0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_training_in_two_parts_is_the_one_in_one(tmp_path):

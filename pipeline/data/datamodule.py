@@ -22,7 +22,7 @@ from pipeline.data.loaders import EpisodeLoaders, Split
 from pipeline.data.passes import ImageDataset, ImageSampler
 from pipeline.data.pool import ImagePool, ImageSource, Splits
 from pipeline.data.transforms import Augmentation, to_float
-from pipeline.episode import Batch, Images
+from pipeline.episode import Batch, Episode, Images
 from pipeline.errors import UserError
 
 
@@ -199,14 +199,12 @@ class EpisodicDataModule(EpisodeLoaders):
             return self._resident[indices.to(device, non_blocking=True)]
         return torch.from_numpy(np.take(self.pool.images, indices.cpu().numpy(), axis=0)).to(device)
 
-    def support(
-        self, sampler: EpisodeSampler, index: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """See `EpisodeLoaders.support`."""
-        (chosen,) = torch.from_numpy(sampler.sample([index]).support)  # (n_way, k_shot)
-        x = self.prepare(self.images(chosen.flatten(), device))
-        n_way, k_shot = chosen.shape
-        return x, torch.arange(n_way, device=device).repeat_interleave(k_shot)
+    def task(self, sampler: EpisodeSampler, index: int, device: torch.device) -> Episode:
+        """See `EpisodeLoaders.task`."""
+        task = EpisodeDataset(self.pool, sampler)[index].each(lambda field: field.to(device))
+        return task._replace(
+            support_x=self.prepare(task.support_x), query_x=self.prepare(task.query_x)
+        )
 
     @property
     def _batch_size(self) -> int:

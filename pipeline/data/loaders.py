@@ -5,12 +5,11 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.annotations import Measure
 from pipeline.data.episodes import EpisodeBatches, Prefetched
-from pipeline.episode import Batch
+from pipeline.episode import Batch, Episode
 
 Split = Literal["train", "val", "test"]
 Loader = DataLoader[Batch] | Prefetched
@@ -66,8 +65,8 @@ class EpisodeLoaders(pl.LightningDataModule, ABC):
         """
 
     @abstractmethod
-    def support(self, sampler: Any, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The support set of one episode of a stream, as `adapt` takes it."""
+    def task(self, sampler: Any, index: int, device: torch.device) -> Episode:
+        """One episode of a stream on a device, as `adapt` takes it."""
 
     @abstractmethod
     def _dataset(self, split: Split) -> Dataset[Any]:

@@ -3,11 +3,11 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from pipeline.annotations import Measure, NonNegativeInt, PositiveInt
 from pipeline.data.functions import FunctionEpisodes, FunctionFamily
 from pipeline.data.loaders import EpisodeLoaders, Split
+from pipeline.episode import Episode
 
 
 class RegressionDataModule(EpisodeLoaders):
@@ -76,12 +76,9 @@ class RegressionDataModule(EpisodeLoaders):
         """See `EpisodeLoaders.sampler`; any numbers of points can be drawn."""
         return FunctionEpisodes(self.source, k_shot, n_query, self.stream_seed(split), split)
 
-    def support(
-        self, sampler: FunctionEpisodes, index: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """See `EpisodeLoaders.support`."""
-        task = sampler[index]
-        return task.support_x.to(device), task.support_y.to(device)
+    def task(self, sampler: FunctionEpisodes, index: int, device: torch.device) -> Episode:
+        """See `EpisodeLoaders.task`."""
+        return sampler[index].each(lambda field: field.to(device))
 
     def _dataset(self, split: Split) -> FunctionEpisodes:
         shape = self.train_shape if split == "train" else (self.k_shot, self.n_query)

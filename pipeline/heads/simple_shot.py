@@ -20,11 +20,6 @@ class SimpleShot(Head):
         super().__init__()
         self.features = features
 
-    @property
-    def label(self) -> str:
-        """With the transformation, as the paper's tables have it."""
-        return f"SimpleShot {self.features}"
-
     def forward(
         self, support_z: Tensor, support_y: Tensor, n_way: int, base_mean: Tensor
     ) -> Classifier:

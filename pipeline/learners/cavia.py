@@ -69,12 +69,14 @@ class Cavia(GradientLearner):
         self.net = nn.Sequential(OrderedDict(body=lower, head=head))
 
     def bind(self, theta: Params) -> Bound:
-        """See `GradientLearner.bind`; phi is the context alone."""
+        """See `GradientLearner.bind`; phi is the context alone.
+
+        It is zero as a function of theta: `gradient` is differentiable again where its point is.
+        """
         net, head = below(theta, "net"), self.net.get_submodule("head")
         fixed = below(net, "head")
-        name = "context.context"
         return Bound(
-            {name: head.get_buffer(name)},
+            {"context.context": 0 * fixed["context.shift.weight"][0]},
             {},
             self._at("body", below(net, "body")),
             lambda p, z: functional_call(head, fixed | p, (z,)),

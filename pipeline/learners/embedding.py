@@ -11,6 +11,7 @@ from pipeline.functional import Loss, count_ways
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
+SOLVED = 2**23  # numbers in the systems that heads solve at a time, (n_way, m, m) a task
 BASE_IMAGES = 2048  # training images whose mean embedding stands for that of all
 
 
@@ -51,7 +52,9 @@ class EmbeddingLearner(MetaLearner):
 
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """`head` of many tasks at once: (t, m, d), (t, m), (t, q, d) -> logits (t, q, n_way)."""
-        return torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q))(support_z, support_y, query_z)
+        size = max(1, SOLVED // (n_way * support_y.shape[1] ** 2))
+        head = torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q), chunk_size=size)
+        return head(support_z, support_y, query_z)
 
     @property
     def embeds_once(self) -> bool:

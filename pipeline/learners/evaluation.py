@@ -26,6 +26,7 @@ from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 from pipeline.learners.gradient import GradientLearner
 from pipeline.learners.regression import FunctionScorer
+from pipeline.learners.with_head import WithHead
 
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
@@ -212,22 +213,26 @@ def adaptation_seconds(
 ) -> float:
     """Median time to adapt to one task, images on the device already, in seconds.
 
+    A transductive head adapts when it sees the queries; its time is that of all the task.
+
     Args:
         learner: in whatever mode; timed in eval mode on the device it is on.
-        data, split, n_way, k_shot, n_query: whose first episodes are adapted to; their queries are
-            not looked at.
+        data, split, n_way, k_shot, n_query: whose first episodes are adapted to.
         tasks: how many are timed, one at a time.
     """
     device, was_training = learner.device, learner.training
     sampler = data.sampler(split, n_way, k_shot, n_query)
+    with_queries = isinstance(learner, WithHead) and learner.top.transductive
     learner.eval()
     seconds = []
     with torch.inference_mode():
         for index in range(WARM_UP + tasks):
-            x, y = data.support(sampler, index, device)
+            task = data.task(sampler, index, device)
             _wait(device)
             start = time.perf_counter()
-            learner.adapt(x, y)
+            classify = learner.adapt(task.support_x, task.support_y)
+            if with_queries:
+                classify(task.query_x)
             _wait(device)
             seconds.append(time.perf_counter() - start)
     learner.train(was_training)

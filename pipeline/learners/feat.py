@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat, Probability
 from pipeline.episode import Episode
-from pipeline.functional import prototypes, squared_distances
+from pipeline.functional import Loss, accuracy, prototypes, squared_distances
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -35,8 +35,9 @@ class Feat(EmbeddingLearner):
         dropout: Probability,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.temperature, self.contrast_temperature = temperature, contrast_temperature
         self.contrast = contrast
         d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
@@ -52,6 +53,11 @@ class Feat(EmbeddingLearner):
         read, _ = self.attention(z, z, z, need_weights=False)
         return self.norm(z + self.dropout(read))
 
+    @property
+    def label(self) -> str:
+        """As papers write it."""
+        return "FEAT"
+
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """Minus the squared distances to the adapted prototypes; see `EmbeddingLearner.heads`."""
         means = torch.vmap(lambda z, y: prototypes(z, y, n_way))(support_z, support_y)
@@ -64,8 +70,8 @@ class Feat(EmbeddingLearner):
         loss = self.loss(logits, batch.query_y).mean()
         y = torch.cat([batch.support_y, batch.query_y], 1)
         term = self.contrastive_loss(torch.cat([support_z, query_z], 1), y, batch.n_way)
-        accuracy = (logits.argmax(2) == batch.query_y).float().mean()
-        return loss + self.contrast * term, loss.detach(), accuracy
+        right = accuracy(logits, batch.query_y).mean()
+        return loss + self.contrast * term, loss.detach(), right
 
     def contrastive_loss(self, z: Tensor, y: Tensor, n_way: int) -> Tensor:
         """Embeddings of a class, adapted to each other, should have a mean that they are near to.

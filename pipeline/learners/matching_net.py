@@ -8,7 +8,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt
-from pipeline.functional import canonical_order
+from pipeline.functional import Loss, canonical_order
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -34,14 +34,20 @@ class MatchingNet(EmbeddingLearner):
         scale: Annotated[float, Gt(0), Le(40)],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.processing_steps, self.scale = processing_steps, scale
         self.full_context = full_context
         if full_context:
             d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
             self.support_lstm = nn.LSTM(d, d, batch_first=True, bidirectional=True)
             self.query_cell = nn.LSTMCell(2 * d, d)
+
+    @property
+    def label(self) -> str:
+        """FCE if embeddings are in full context."""
+        return "MatchingNet FCE" if self.full_context else "MatchingNet"
 
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """Batched by hand, as LSTMs have no rule for vmap; see `EmbeddingLearner.heads`."""

@@ -31,6 +31,11 @@ class MetaBaseline(EmbeddingLearner):
         super().__init__(backbone, optimizer, scheduler, loss)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
 
+    @property
+    def label(self) -> str:
+        """As the paper has it."""
+        return "Meta-Baseline"
+
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """Logits are the cosines to the mean embedding of each class, scaled."""
         centroids = prototypes(support_z, support_y, n_way)  # (n_way, d)

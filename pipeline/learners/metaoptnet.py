@@ -23,6 +23,7 @@ class MetaOptNet(EmbeddingLearner):
             to indicators of the classes.
         c: weight of the support loss against ||W||^2 / 2; the lambda of the paper's ridge
             regression is 1/c.
+        scale: the first factor of the logits; the paper's is 1.
         label_smoothing: the share of the target that the wrong classes get in training.
         The rest: see `EmbeddingLearner`.
     """
@@ -32,6 +33,7 @@ class MetaOptNet(EmbeddingLearner):
         backbone: nn.Module,
         base_learner: Literal["svm", "ridge"],
         c: PositiveFloat,
+        scale: PositiveFloat,
         label_smoothing: Probability,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
@@ -44,7 +46,7 @@ class MetaOptNet(EmbeddingLearner):
                 "goes with cross_entropy"
             )
         self.base_learner, self.c, self.label_smoothing = base_learner, c, label_smoothing
-        self.scale = nn.Parameter(torch.ones(()))  # gamma of eq. 12
+        self.scale = nn.Parameter(torch.tensor(float(scale)))  # gamma of eq. 12
 
     @property
     def label(self) -> str:

@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat
 from pipeline.episode import Classifier
 from pipeline.functional import Loss, nearest_mean, prototypes
+from pipeline.heads.base import cosine
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -35,7 +35,7 @@ class ProtoNet(EmbeddingLearner):
     ) -> None:
         super().__init__(backbone, optimizer, scheduler, loss)
         self.distance = distance
-        self.scale = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
+        self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else scale
 
     @property
     def label(self) -> str:
@@ -47,5 +47,5 @@ class ProtoNet(EmbeddingLearner):
         if self.distance == "euclidean":
             classify = nearest_mean(support_z, support_y, n_way)
             return lambda query_z: self.scale * classify(query_z)
-        means = F.normalize(prototypes(support_z, support_y, n_way))  # (n_way, d)
-        return lambda query_z: self.scale * F.linear(F.normalize(query_z), means)
+        means = prototypes(support_z, support_y, n_way)  # (n_way, d)
+        return lambda query_z: self.scale * cosine(query_z, means)

@@ -46,7 +46,7 @@ class R2D2(EmbeddingLearner):
         super().__init__(backbone, optimizer, scheduler, loss)
         self.base_learner, self.steps = base_learner, steps
         self.log_l2 = nn.Parameter(torch.tensor(math.log(l2)))
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.offset = nn.Parameter(torch.zeros(())) if loss != "cross_entropy" else 0.0
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeline.annotations import PositiveInt
 from pipeline.blocks import Norm, make_norm
 from pipeline.engine import chunks
+from pipeline.functional import Loss
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -28,6 +29,7 @@ class RelationNet(EmbeddingLearner):
         norm: of its blocks; that of the backbone, so that both are inductive or neither is.
         class_feature: sum of the support maps of a class, as in the paper, or their mean, the same
             up to a factor while shots are equal and what a test with other shots needs.
+        loss: mse is the paper's, of scores between 0 and 1; of other losses they are logits.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class RelationNet(EmbeddingLearner):
         class_feature: Literal["sum", "mean"],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "mse",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.class_feature = class_feature
-        self.shape = getattr(backbone, "out_shape", (backbone.out_dim, 1, 1))  # (C, h, w)
+        self.shape: tuple[int, int, int]  # (C, h, w)
+        self.shape = getattr(backbone, "out_shape", None) or (backbone.out_dim, 1, 1)  # type: ignore[assignment]
         channels, size, _ = self.shape
         half, quarter = max(1, size // 2), max(1, size // 4)
         bias = norm not in ("batch", "batch_stats")  # which would take it away
@@ -82,7 +86,8 @@ class RelationNet(EmbeddingLearner):
         a, b = a.unflatten(0, (tasks, 1, n_way)), b.unflatten(0, (tasks, queries, 1))
         pairs = (a + b).flatten(0, 2)  # (t*q*n_way, width, h, w)
         scores = self.score(pairs.contiguous(memory_format=torch.channels_last))
-        return scores.view(tasks, queries, n_way)
+        scores = scores.view(tasks, queries, n_way)
+        return scores.sigmoid() if self.loss_name == "mse" else scores
 
     def _maps(self, z: Tensor) -> Tensor:
         """(t, m, d) -> (t*m, C, h, w)."""

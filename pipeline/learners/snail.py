@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt, ShotsRange, Ways
 from pipeline.engine import chunks
-from pipeline.functional import canonical_order
+from pipeline.functional import Loss, canonical_order
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -32,6 +32,8 @@ class Snail(EmbeddingLearner):
             sequence of so many images a class; attention sees all of a longer one too.
     """
 
+    n_way: int
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -40,10 +42,12 @@ class Snail(EmbeddingLearner):
         shots: ShotsRange,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
+        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler)
+        super().__init__(backbone, optimizer, scheduler, loss)
         self.n_way = n_way
-        channels: int = backbone.out_dim + n_way  # type: ignore[operator]  # backbones have it
+        d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+        channels = d + n_way
         length = n_way * (shots if isinstance(shots, int) else max(shots)) + 1
         self.blocks = nn.ModuleList()
         for keys, values in ((64, 32), (256, 128), (512, 256)):
@@ -55,13 +59,14 @@ class Snail(EmbeddingLearner):
             channels += values
         self.classify = nn.Linear(channels, n_way)
 
+    @property
+    def label(self) -> str:
+        """As papers write it."""
+        return "SNAIL"
+
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """Each query at the end of its own sequence; see `EmbeddingLearner.heads`."""
-        if n_way != self.n_way:
-            raise ValueError(
-                f"n_way: {n_way} classes, but this learner was trained for {self.n_way}; an "
-                "embedding learner (protonet) takes any number"
-            )
+        self.check_ways(n_way)
         tokens = support_z.shape[1] + query_z.shape[1]
         size = max(1, CELLS // (tokens * self.classify.in_features))
         parts = chunks(len(query_z), size)
@@ -111,12 +116,18 @@ class DenseBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head of causal attention, appended to its input (figure 2b); tokens as above."""
+    """One head of causal attention, appended to its input (figure 2b); tokens as above.
+
+    Keys and queries start as one map, so that attention starts out as similarity: from two
+    unrelated ones, training stays at chance for hundreds of steps.
+    """
 
     def __init__(self, channels: int, keys: int, values: int) -> None:
         super().__init__()
         self.query, self.key = nn.Linear(channels, keys), nn.Linear(channels, keys)
         self.value = nn.Linear(channels, values)
+        nn.init.kaiming_normal_(self.query.weight)
+        self.key.load_state_dict(self.query.state_dict())
 
     def forward(self, x: Tensor, m: int) -> Tensor:
         """(t, m+q, c) -> (t, m+q, c+values)."""

@@ -1,40 +1,40 @@
 """WithHead: the network of a trained embedding learner under another head. Floor 3."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier
 from pipeline.heads.base import Head
-from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
+from pipeline.learners.embedding import EmbeddingLearner
 
-BASE_SAMPLE = 2048  # training images whose mean embedding stands for that of all
 NUMBERS = 2**21  # in the embeddings of the tasks that are adapted to at a time: fits a cache
 
 
 class WithHead(EmbeddingLearner):
     """Embeds as the learner does, classifies as the head does; not to be trained.
 
+    Any number of classes, whatever the learner was built for.
+
     Args:
         learner: trained.
         head: what its embeddings are classified by.
-        base_mean: (d,), from `base_mean`.
-        suffix: added to the name that tables show.
+        base_mean: (d,), see `embedding.base_mean`; None if the head does without.
+        suffix: added to the head's name.
     """
 
     def __init__(
-        self, learner: EmbeddingLearner, head: Head, base_mean: Tensor, suffix: str = ""
+        self, learner: EmbeddingLearner, head: Head, base_mean: Tensor | None, suffix: str = ""
     ) -> None:
         super().__init__(learner.backbone, optimizer=None, scheduler=None)
-        self.trained, self.top, self.suffix = learner, head, suffix
+        self.trained, self.top = learner, head
+        self.short_label = head.label + suffix
         self.register_buffer("base_mean", base_mean, persistent=False)
         self.requires_grad_(False)
 
     @property
     def label(self) -> str:
         """Both names."""
-        return f"{self.trained.label} + {self.top.label}{self.suffix}"
+        return f"{self.trained.label} + {self.short_label}"
 
     @property
     def protocol(self) -> str:
@@ -47,7 +47,8 @@ class WithHead(EmbeddingLearner):
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`; the queries must be all those of the task."""
-        return self.top(support_z, support_y, n_way, self.base_mean)
+        mean = self.base_mean if self.base_mean is not None else torch.zeros_like(support_z[0])
+        return self.top(support_z, support_y, n_way, mean)
 
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """See `EmbeddingLearner.heads`; as many tasks at a time as memory near the processor holds.
@@ -56,20 +57,6 @@ class WithHead(EmbeddingLearner):
         """
         queries, d = query_z.shape[1:]
         size = max(1, NUMBERS // ((support_z.shape[1] + queries) * max(d, queries)))
-        parts = zip(*(x.split(size) for x in (support_z, support_y, query_z)), strict=True)
         stacked = super().heads
-        return torch.cat([stacked(*part, n_way) for part in parts])
-
-
-@torch.no_grad()
-def base_mean(learner: EmbeddingLearner, data: EpisodicDataModule) -> Tensor:
-    """(d,) mean embedding of up to `BASE_SAMPLE` training images, evenly spread over the pool."""
-    was_training = learner.training
-    learner.eval()
-    images = np.flatnonzero(np.isin(data.pool.labels, data.classes("train")))
-    spread = np.linspace(0, len(images) - 1, min(BASE_SAMPLE, len(images)))
-    chosen = torch.from_numpy(images[spread.astype(np.int64)])
-    parts = (data.prepare(data.images(c, learner.device)) for c in chosen.split(EMBED_BATCH))
-    mean = torch.cat([learner.embed(part) for part in parts]).mean(0)
-    learner.train(was_training)
-    return mean
+        parts = zip(support_z.split(size), support_y.split(size), query_z.split(size), strict=True)
+        return torch.cat([stacked(z, y, q, n_way) for z, y, q in parts])

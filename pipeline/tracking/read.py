@@ -110,10 +110,13 @@ class Reader:
     def accuracies(self, run_id: str, episode_list: str) -> pd.DataFrame | None:
         """Accuracy of every episode of a list in 0..1, a column a learner; None if not kept."""
         with store.opening(self.uri):
-            for entry in self._client.list_artifacts(run_id, "episodes"):
-                if entry.path.endswith(f"_{episode_list}.csv"):
-                    return pd.read_csv(self._client.download_artifacts(run_id, entry.path))
-        return None
+            kept = [  # a file of the learner's own test, and one a head
+                pd.read_csv(self._client.download_artifacts(run_id, entry.path))
+                for entry in self._client.list_artifacts(run_id, "episodes")
+                if entry.path.endswith(f"_{episode_list}.csv")
+            ]
+        joined = pd.concat(kept, axis=1) if kept else None
+        return None if joined is None else joined.loc[:, ~joined.columns.duplicated()]
 
     def curve(self, run_id: str, metric: str) -> pd.Series:
         """The values of a metric by step, the latest of each."""
