@@ -137,14 +137,9 @@ def test_the_floor_is_the_value_at_the_nearest_point():
 
 
 def build(name: str = "maml", *overrides: str) -> MetaLearner:
-    small = [
-        "data=sinusoid",
-        "backbone=mlp",
-        "backbone.widths=[6,6]",
-        "backbone.norm=none",
-        "learner.loss=mse",
-    ]
-    cfg = compose_config("train", [f"learner={name}", *small, *overrides])
+    cfg = compose_config("train", [f"learner={name}", "data=sinusoid", *overrides])
+    cfg.learner.loss = "mse"
+    cfg.backbone = {"_target_": "pipeline.backbones.MLP", "widths": [6, 6], "norm": "none"}
     config.check(cfg)
     torch.manual_seed(0)
     return config.build_learner(cfg, (1, 1, 1))
