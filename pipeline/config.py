@@ -20,7 +20,13 @@ from pipeline.errors import UserError
 from pipeline.heads.base import Head
 from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain, value_problem
-from pipeline.sources import data_module, data_problems, episodic_keys
+from pipeline.sources import (
+    data_module,
+    data_problems,
+    episodic_keys,
+    target_problems,
+    unfit_learner,
+)
 from pipeline.trainer import trainer_problems
 
 _SUPPLIED = {
@@ -95,9 +101,24 @@ def check(cfg: DictConfig) -> None:
     problems = [f"{key}: needs a value (none is given)" for key in missing]
     problems += _node_problems(cfg, "")
     problems += [*_root_problems(cfg, "train"), *trainer_problems(cfg.trainer)]
+    if unfit := unfit_learner(cfg):
+        problems = [unfit]
     if not problems:
         problems = list(_cross_field_problems(cfg))
     if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_data(cfg: DictConfig) -> None:
+    """Check the `data` node of a resolved configuration alone.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.startswith("data."))
+    problems = [f"{key}: needs a value (none is given)" for key in missing]
+    problems += _node_problems(cfg.data, "data")
+    if problems or (problems := list(data_problems(cfg.data))):
         raise UserError("\n".join(problems))
 
 
@@ -175,7 +196,8 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
             f"data.train_n_way: found {plain(ways)}, but {learner.__name__} is built for "
             f"data.n_way={cfg.data.n_way} classes; both must be the same number"
         )
-    yield from data_problems(cfg, learner)
+    yield from data_problems(cfg.data)
+    yield from target_problems(cfg)
     on_images = learner.trains_on == "images"
     if on_images != bool(number := cfg.data.get("images_per_batch")):
         yield (
