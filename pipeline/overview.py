@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pipeline.compose import CONF, compose_config
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.gradient import GradientLearner
-from pipeline.plan import Job, Shelf
+from pipeline.plan import Job, Shelf, as_overrides
 
 _HEADER = re.compile(r"# (?P<name>[^(]+) \((?P<paper>[^()]*\d{4}[a-z]?[^()]*)\)[.:,;]")
 _KINDS = ("embedding", "gradient", "transfer", "head")
@@ -110,7 +110,11 @@ def _cells(cfg: DictConfig, tables: Sequence[tuple[str, pd.DataFrame]]) -> dict[
 
 
 def _introduction(cfg: DictConfig) -> str:
-    sets = ", ".join(f"`{' '.join(given)}`" for given in cfg.data.values())
+    kept = {k: {n: v for n, v in given.items() if n != "root"} for k, given in cfg.data.items()}
+    sets = ", ".join(
+        f"`{' '.join([f'data={k}', *as_overrides({'data': v})])}`" for k, v in kept.items()
+    )
+    changes = f"`{' '.join(as_overrides(cfg.overrides))}`"
     halves = " and ".join(f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items())
     return f"""# Learners
 
@@ -119,16 +123,16 @@ Written by `python -m pipeline.survey`, which trains every learner of `conf/lear
 test episodes, the same ones for all, of classes that no training has seen; 5w1s is 5-way 1-shot.
 
 - **The budget** is {cfg.images:,} images shown in training (support and queries of 1-shot tasks, or
-  plain batches), each learner with the other settings of its YAML, and with
-  `{" ".join(cfg.overrides)}`. These are minutes on a CPU core and not the papers' days: the
-  table compares what learners make of little, and `conf/experiment` has the papers' recipes.
+  plain batches), each learner with the other settings of its YAML, and with {changes}.
+  These are minutes on a CPU core and not the papers' days: the table compares what learners make
+  of little, and `conf/experiment` has the papers' recipes.
 - **Transductive**: a prediction depends on the other queries, through norm layers that use the
   statistics of the batch at hand or through the head. Compare such rows with each other.
 - `head=NAME` is tried on the network of `{cfg.heads_on}`, as `python -m pipeline.evaluate run=ID
   head=NAME` does for any embedding learner.
 - Learners built for one number of classes were trained again for 20-way.
 - {halves}, whose network it takes over.
-- Data: {sets}."""
+- Data: {", ".join(sets)}."""
 
 
 def _markdown(frame: pd.DataFrame) -> str:

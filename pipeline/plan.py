@@ -1,7 +1,8 @@
 """What a survey has to train and test, and which of it is on the shelf already. Floor 4."""
 
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -104,12 +105,13 @@ def _ways(learner: str, cfg: DictConfig) -> list[list[tuple[int, int]]]:
 
 
 def _job(
-    cfg: DictConfig, learner: str, data: str, given: Sequence[str],
+    cfg: DictConfig, learner: str, data: str, given: Mapping[str, Any],
     tests: list[tuple[int, int]], heads: dict[str, str], part: float, after: str = "",
 ) -> Job:  # fmt: skip
     n_way = tests[0][0]
     name = f"{learner} {data} {n_way}-way" + (" half" if part < 1 and not after else "")
-    overrides = [f"learner={learner}", *given, *cfg.overrides, f"data.n_way={n_way}"]
+    overrides = [f"learner={learner}", f"data={data}", f"data.n_way={n_way}"]
+    overrides += [*as_overrides({"data": given}), *as_overrides(cfg.overrides)]
     per_step = images_per_step(compose_config("train", overrides))
     rounds = max(1, round(part * cfg.images / per_step / VALIDATIONS))
     shots = sorted({k for n, k in tests if n == n_way})
@@ -124,6 +126,13 @@ def _job(
     composed = compose_config("train", overrides)
     config.check(composed)
     return Job(name, learner, data, overrides, composed, tests, heads, after)
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`KEY=VALUE` of a nested mapping, as a command line has it."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dict(values))))
+    # JSON is what Hydra reads, but for an empty mapping, which says nothing
+    return [f"{k}={json.dumps(v)}" for k, v in flatten(plain).items() if v != {}]
 
 
 def images_per_step(cfg: DictConfig) -> float:
@@ -183,10 +192,11 @@ class Shelf:
         done = set(zip(heads, table["n_way"], table["k_shot"], strict=True))
         if not done:
             return ["pipeline.train", *self._start(job, run)]
-        for n_way, k_shot in job.tests:
-            for label, name in {"": "", **job.heads}.items():
-                if (label, n_way, k_shot) not in done:
-                    shape = [f"n_way={n_way}", f"k_shot={k_shot}"]
+        for label, name in {"": "", **job.heads}.items():
+            for n_way in dict.fromkeys(n for n, _ in job.tests):
+                shots = [k for n, k in job.tests if n == n_way and (label, n, k) not in done]
+                if shots:
+                    shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
                     head = [f"head={name}"] if name else []
                     return ["pipeline.evaluate", f"run={run}", *shape, *head]
         return []

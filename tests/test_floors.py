@@ -48,7 +48,7 @@ FLOORS = {
 ALLOWED = {  # library -> the floors or modules that may import it
     "mlflow": {"tracking"},
     "optuna": {"study"},
-    "hydra": {"compose", "config", "plan", "overview"},
+    "hydra": {"compose", "config", "sources", "plan", "overview"},
     "omegaconf": {4, 5},
     "pytorch_lightning": {2, 3, 4, 5},
     "matplotlib": {"figures"},

@@ -26,8 +26,10 @@ def small_survey(*overrides: str) -> list[str]:
         "images=2000",
         "episodes=6",
         "tests=[[3,1],[3,2],[4,1]]",
-        "data={glyphs:[data=glyphs,data.n_query=2]}",
-        f"overrides={[*TINY, 'data.train_n_way=${data.n_way}']}".replace("'", '"'),
+        "~data.omniglot",
+        "+data.glyphs.n_query=2",
+        *(f"++overrides.{s}" for s in TINY if "train_n_way" not in s),
+        "+overrides.data.train_n_way='${data.n_way}'",
         "heads=[]",
         *overrides,
     ]
@@ -64,7 +66,7 @@ def test_the_budget_is_the_same_for_all():
         ("heads=[timm]", r"heads: no head 'timm'; there are .*tim"),
         ("images=0", r"images: found 0"),
         ("workers=none", r"workers: found 'none'"),
-        ("overrides=[backbone.widht=8]", r"protonet on glyphs: backbone.widht=8: unknown key"),
+        ("+overrides.backbone.widht=8", r"protonet on glyphs: backbone.widht=8: unknown key"),
     ],
 )
 def test_bad_input(override, line):

@@ -53,7 +53,7 @@ class Baseline(Head):
         if not self.cosine:
             start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
         y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
-        w = adam(torch.func.grad(lambda w: self.loss(w, support_z, y)), start, self.lr, self.steps)
+        w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps)
         return lambda query_z: self._logits(w, query_z).T
 
     def _logits(self, w: Tensor, z: Tensor) -> Tensor:
@@ -62,13 +62,19 @@ class Baseline(Head):
             return self.scale * (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T)
         return w[:, :-1] @ z.T + w[:, -1:]
 
-    def loss(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy and half the decay times the squared weights: what is descended.
+    def gradient(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """Of mean cross-entropy and half the decay times the squared weights, by the weights.
 
         Args:
             w: (n_way, d), of Baseline (n_way, d+1).
             z: (m, d).
             y: (n_way, m), labels as zeros and ones.
         """
-        fit = -(y * self._logits(w, z).log_softmax(0)).sum(0).mean()
-        return fit + self.weight_decay / 2 * w.square().sum()
+        g = (self._logits(w, z).softmax(0) - y) / len(z)  # (n_way, m)
+        if self.cosine:
+            length = w.norm(dim=1, keepdim=True)
+            direction, along = w / length, self.scale * (g @ F.normalize(z, dim=1))
+            of_loss = (along - (along * direction).sum(1, keepdim=True) * direction) / length
+        else:
+            of_loss = torch.cat([g @ z, g.sum(1, keepdim=True)], dim=1)
+        return of_loss + self.weight_decay * w

@@ -7,7 +7,7 @@ from pipeline.annotations import NonNegativeInt, PositiveFloat
 from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Features, Head, prepared
-from pipeline.heads.descent import adam
+from pipeline.heads.descent import adam, by_logits
 from pipeline.solvers import indicators
 
 
@@ -72,19 +72,14 @@ class Tim(Head):
         return self.temperature * (w @ z.T - w.square().sum(1, keepdim=True) / 2)
 
     def gradient(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
-        """Of the objective with respect to w, in closed form.
+        """Of what is descended, with respect to w.
 
         Args:
             w: (n_way, d).
             z: (m+q, d), the support set first.
             y: (n_way, m), its labels as zeros and ones.
         """
-        m, q = y.shape[1], len(z) - y.shape[1]
         log_p = self._logits(w, z).log_softmax(0)  # (n_way, m+q)
-        p = log_p.exp()
-        of_query, mean = p[:, m:], p[:, m:].mean(1, keepdim=True)
-        gain = self.marginal_weight * mean.log() - self.conditional_weight * log_p[:, m:]
-        gain = of_query * (gain - (of_query * gain).sum(0)) / q
-        fit = self.support_weight / m * (p[:, :m] - y)
-        by_logits = torch.cat([fit, gain], dim=1)  # (n_way, m+q)
-        return self.temperature * (by_logits @ z - by_logits.sum(1, keepdim=True) * w)
+        weights = (self.support_weight, self.marginal_weight, self.conditional_weight)
+        g = by_logits(log_p, y, *weights)
+        return self.temperature * (g @ z - g.sum(1, keepdim=True) * w)

@@ -8,7 +8,7 @@ from pipeline.annotations import NonNegativeInt, PositiveFloat
 from pipeline.episode import Classifier
 from pipeline.functional import prototypes
 from pipeline.heads.base import Head
-from pipeline.heads.descent import adam
+from pipeline.heads.descent import adam, by_logits
 from pipeline.solvers import indicators
 
 
@@ -50,8 +50,9 @@ class TransductiveFineTuning(Head):
 
         def classify(query_z: Tensor) -> Tensor:
             query_z = F.normalize(query_z, dim=1)
-            descended = torch.func.grad(lambda w: self.loss(w, support_z, y, query_z))
-            return self._logits(adam(descended, start, self.lr, self.steps), query_z).T
+            z = torch.cat([support_z, query_z])  # (m+q, d)
+            w = adam(lambda w: self.gradient(w, z, y), start, self.lr, self.steps)
+            return self._logits(w, query_z).T
 
         return classify
 
@@ -59,15 +60,14 @@ class TransductiveFineTuning(Head):
         """(n_way, d+1), (m, d) -> (n_way, m)."""
         return self.scale * (w[:, :-1] @ z.T + w[:, -1:])
 
-    def loss(self, w: Tensor, support_z: Tensor, y: Tensor, query_z: Tensor) -> Tensor:
-        """What is descended (their eq. 8): means over support images and over queries.
+    def gradient(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """Of what is descended (their eq. 8), with respect to w.
 
         Args:
             w: (n_way, d+1).
-            support_z: (m, d).
-            y: (n_way, m), labels as zeros and ones.
-            query_z: (q, d).
+            z: (m+q, d), the support set first.
+            y: (n_way, m), its labels as zeros and ones.
         """
-        fit = -(y * self._logits(w, support_z).log_softmax(0)).sum(0).mean()
-        log_p = self._logits(w, query_z).log_softmax(0)
-        return fit - self.entropy_weight * (log_p.exp() * log_p).sum(0).mean()
+        log_p = self._logits(w, z).log_softmax(0)  # (n_way, m+q)
+        g = by_logits(log_p, y, fit=1.0, marginal=0.0, conditional=self.entropy_weight)
+        return self.scale * torch.cat([g @ z, g.sum(1, keepdim=True)], dim=1)
