@@ -38,9 +38,8 @@ class Leo(EmbeddingLearner):
 
     Encoder and relation network see the support embeddings and give each class a Gaussian code
     (eq. 4); gradient descent on the support loss moves the codes (eq. 5), then for a few steps the
-    decoded weights. In training code and weights are samples, with noise drawn once a task;
-    evaluation takes the means. Only embeddings are adapted to, for any number of classes, so this
-    is an embedding learner: images are embedded once, and tasks solved side by side.
+    decoded weights. In training both are samples, with noise drawn once a task; evaluation takes
+    the means. All this works on embeddings, for any number of classes: an embedding learner.
 
     The paper trains this on embeddings of a fixed, supervised network (WRN-28-10); here the
     backbone trains along, and its dropout stands for theirs. Deviations are softplus, for their
@@ -84,12 +83,9 @@ class Leo(EmbeddingLearner):
             nn.Linear(both, both, bias=False),
         )  # fmt: skip
         self.decoder = nn.Linear(latent, 2 * d, bias=False)
-        for weight in (
-            *self.encoder.parameters(),
-            *self.relation.parameters(),
-            self.decoder.weight,
-        ):
-            nn.init.xavier_uniform_(weight)
+        for part in (self.encoder, self.relation, self.decoder):
+            for weight in part.parameters():
+                nn.init.xavier_uniform_(weight)
         self.inner_lr = nn.Parameter(torch.full((latent,), float(inner_lr)))
         self.finetuning_lr = nn.Parameter(torch.full((d,), float(finetuning_lr)))
 
