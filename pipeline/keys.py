@@ -42,7 +42,7 @@ ROOT: dict[str, dict[str, Any]] = {
         "learners": Annotated[list[str], MinLen(1)] | None,
         "heads": list[str] | None,
         "heads_on": str,
-        "images": PositiveInt,
+        "images": dict[str, PositiveInt],
         "half": dict[str, str],
         "data": dict[str, dict[str, Any]],
         "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],

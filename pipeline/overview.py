@@ -115,6 +115,7 @@ def _introduction(cfg: DictConfig) -> str:
         f"`{' '.join([f'data={k}', *as_overrides({'data': v})])}`" for k, v in kept.items()
     )
     changes = f"`{' '.join(as_overrides(cfg.overrides))}`"
+    budgets = " and ".join(f"{n:,} of {data}" for data, n in cfg.images.items())
     halves = " and ".join(f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items())
     return f"""# Learners
 
@@ -122,10 +123,10 @@ Written by `python -m pipeline.survey`, which trains every learner of `conf/lear
 `conf/survey.yaml` says with what. Accuracy in percent with its 95 % interval over {cfg.episodes:,}
 test episodes, the same ones for all, of classes that no training has seen; 5w1s is 5-way 1-shot.
 
-- **The budget** is {cfg.images:,} images shown in training (support and queries of 1-shot tasks, or
-  plain batches), each learner with the other settings of its YAML, and with {changes}.
-  These are minutes on a CPU core and not the papers' days: the table compares what learners make
-  of little, and `conf/experiment` has the papers' recipes.
+- **The budget** is a number of images shown in training (support and queries of 1-shot tasks, or
+  plain batches), {budgets}, each learner with the other settings of its YAML,
+  and with {changes}. These are minutes on a CPU core and not the papers' days:
+  the table compares what learners make of little, and `conf/experiment` has the papers' recipes.
 - **Transductive**: a prediction depends on the other queries, through norm layers that use the
   statistics of the batch at hand or through the head. Compare such rows with each other.
 - `head=NAME` is tried on the network of `{cfg.heads_on}`, as `python -m pipeline.evaluate run=ID

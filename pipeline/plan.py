@@ -61,6 +61,10 @@ def plan(cfg: DictConfig) -> list[Job]:
         raise UserError(
             f"learners: no learner {unknown[0]!r} to train; there are {', '.join(names)}"
         )
+    if cfg.images.keys() != cfg.data.keys():
+        raise UserError(
+            f"images: found {', '.join(cfg.images)}; needs {', '.join(cfg.data)}, as data"
+        )
     half = OmegaConf.to_container(cfg.half)
     assert isinstance(half, dict)
     heads = _heads(cfg)
@@ -119,7 +123,7 @@ def _job(
     overrides = [f"learner={learner}", f"data={data}", f"data.n_way={n_way}"]
     overrides += [*as_overrides({"data": given}), *as_overrides(cfg.overrides)]
     composed = compose_config("train", overrides)
-    rounds = max(1, round(part * cfg.images / images_per_step(composed) / VALIDATIONS))
+    rounds = max(1, round(part * cfg.images[data] / images_per_step(composed) / VALIDATIONS))
     settings = {
         "trainer": {"max_steps": VALIDATIONS * rounds},
         "data": {"batches_per_epoch": rounds, "test_episodes": cfg.episodes},

@@ -23,7 +23,8 @@ TINY = [s for s in SMALL if not s.startswith(("trainer.max_steps", "data.batches
 def small_survey(*overrides: str) -> list[str]:
     return [
         "learners=[protonet,maml]",
-        "images=2000",
+        "~images.omniglot",
+        "images.glyphs=2000",
         "episodes=6",
         "tests=[[3,1],[3,2],[4,1]]",
         "~data.omniglot",
@@ -41,8 +42,36 @@ def test_every_learner_and_head_is_introduced_by_its_name_and_paper():
             assert overview.method(path).paper, path
 
 
+def test_the_table_of_the_docs_is_whole_and_the_yamls_agree_with_it():
+    """Every learner has its figures, beats raw pixels, and tells its user what to expect."""
+    lines = (REPO / "docs/learners.md").read_text().splitlines()
+    columns, *rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "|" in line
+    ]
+    figures = {row[0]: dict(zip(columns, row, strict=True)) for row in rows if "±" in row[-1]}
+    first, second = (
+        next(c for c in columns if c.endswith(f"omniglot {k}")) for k in ("5w1s", "5w5s")
+    )
+    floor = float(figures["pixel floor"][first].partition(" ")[0])
+    wanted = {
+        f"`{path.stem}`": path
+        for path in CONF.glob("learner/*.yaml")
+        if path.stem != "pixel_centroid"
+    }
+    wanted |= {
+        f"`baseline` `head={path.stem}`": path
+        for path in CONF.glob("head/*.yaml") if "Transductive" in path.read_text()
+    }  # fmt: skip
+    assert set(wanted) == set(figures) - {"pixel floor"}
+    for name, path in wanted.items():
+        one, five = (figures[name][column].partition(" ")[0] for column in (first, second))
+        assert float(one) > floor, name
+        assert f"# Expect {one} and {five} % on Omniglot" in path.read_text(), path
+        assert all("±" in figures[name][c] for c in columns if re.search(r"\d+w\d+s$", c)), name
+
+
 def test_the_budget_is_the_same_for_all():
-    jobs = plan(compose_config("survey", ["images=20000"]))
+    jobs = plan(compose_config("survey", ["images.omniglot=20000", "images.glyphs=20000"]))
     assert {job.data for job in jobs} == {"glyphs", "omniglot"}
     for job in jobs:
         part = 10_000 if job.after or job.name.endswith(" half") else 20_000
@@ -64,7 +93,8 @@ def test_the_budget_is_the_same_for_all():
             r"learners: no learner 'protonett' to train; there are .*protonet",
         ),
         ("heads=[timm]", r"heads: no head 'timm'; there are .*tim"),
-        ("images=0", r"images: found 0"),
+        ("images.glyphs=0", r"images: found .* greater than or equal to 1"),
+        ("+images.cifar=5", r"images: found glyphs, cifar; needs glyphs, as data"),
         ("workers=none", r"workers: found 'none'"),
         ("+overrides.backbone.widht=8", r"protonet on glyphs: backbone.widht=8: unknown key"),
     ],
@@ -113,7 +143,7 @@ def test_a_survey_goes_on_where_it_was_stopped_and_writes_its_table(monkeypatch,
     before = len(commands)
     survey.run(compose_config("survey", overrides))
     assert len(commands) == before, "all is done"
-    survey.run(compose_config("survey", [*overrides, "learners=[protonet]", "images=4000"]))
+    survey.run(compose_config("survey", [*overrides, "learners=[protonet]", "images.glyphs=4000"]))
     assert commands[before:] == ["pipeline.train learner=protonet", commands[-1]]
 
 
@@ -121,7 +151,7 @@ def test_a_survey_goes_on_where_it_was_stopped_and_writes_its_table(monkeypatch,
 def test_ctrl_c_stores_what_is_being_trained(tmp_path):
     env = {**os.environ, "PIPELINE_MLRUNS": str(store.MLRUNS), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "table.md"
-    arguments = small_survey(f"out={out}", "workers=2", "images=200000")
+    arguments = small_survey(f"out={out}", "workers=2", "images.glyphs=200000")
     command = [sys.executable, "-m", "pipeline.survey", *arguments]
     process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, text=True)
     folder = store.MLRUNS / "checkpoints"
@@ -133,7 +163,9 @@ def test_ctrl_c_stores_what_is_being_trained(tmp_path):
     assert "wrote" in process.stdout.read()
     runs = store.connect().search_runs(["1"])
     assert {run.info.status for run in runs} == {"KILLED"}
-    arguments = small_survey(f"out={out}", "workers=2", "images=200000", "learners=[protonet]")
+    arguments = small_survey(
+        f"out={out}", "workers=2", "images.glyphs=200000", "learners=[protonet]"
+    )
     again = subprocess.run(
         [sys.executable, "-m", "pipeline.survey", *arguments],
         cwd=REPO, env=env, capture_output=True, text=True, timeout=300,
