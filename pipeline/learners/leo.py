@@ -1,5 +1,6 @@
 """LEO. Rusu et al. 2019, https://arxiv.org/abs/1807.05960."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,19 +14,21 @@ from pipeline.inner import SGD, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
+PAIRED = 2**23  # numbers in the pairs of codes that the relation network sees at a time
+
 
 class Solution(NamedTuple):
     """What a support set comes to.
 
     Attributes:
         weights: (n_way, d) of a linear classifier without bias.
-        mean, log_std: (n_way, latent) of the code of each class.
+        mean, std: (n_way, latent) of the code of each class.
         start, end: (n_way, latent) codes before and after the inner loop.
     """
 
     weights: Tensor
     mean: Tensor
-    log_std: Tensor
+    std: Tensor
     start: Tensor
     end: Tensor
 
@@ -39,15 +42,14 @@ class Leo(EmbeddingLearner):
     evaluation takes the means. Only embeddings are adapted to, for any number of classes, so this
     is an embedding learner: images are embedded once, and tasks solved side by side.
 
-    The paper trains all this on embeddings of a fixed, supervised network (WRN-28-10); here the
-    backbone trains along, and its dropout stands for that on embeddings. Standard deviations are
-    exponentials, where the authors' code cuts off what falls below zero. Its L2 penalty is
-    `optimizer.weight_decay`.
+    The paper trains this on embeddings of a fixed, supervised network (WRN-28-10); here the
+    backbone trains along, and its dropout stands for theirs. Deviations are softplus, for their
+    exponential cut off below zero; their L2 penalty is `optimizer.weight_decay`.
 
     Args:
         latent: numbers in a code.
-        inner_steps, inner_lr: in the space of codes, on the mean loss; the learned rates of its
-            dimensions start at inner_lr.
+        inner_steps, inner_lr: in the space of codes, on the sum over classes of their mean losses;
+            the learned rates of its dimensions start at inner_lr.
         finetuning_steps, finetuning_lr: the same in the space of weights.
         kl_weight: beta of eq. 6, of the mean over dimensions as in the authors' code.
         encoder_weight: gamma, of the squared way that codes went, so that the encoder goes it.
@@ -82,9 +84,12 @@ class Leo(EmbeddingLearner):
             nn.Linear(both, both, bias=False),
         )  # fmt: skip
         self.decoder = nn.Linear(latent, 2 * d, bias=False)
-        for part in (self.encoder, *self.relation, self.decoder):
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
+        for weight in (
+            *self.encoder.parameters(),
+            *self.relation.parameters(),
+            self.decoder.weight,
+        ):
+            nn.init.xavier_uniform_(weight)
         self.inner_lr = nn.Parameter(torch.full((latent,), float(inner_lr)))
         self.finetuning_lr = nn.Parameter(torch.full((d,), float(finetuning_lr)))
 
@@ -93,8 +98,12 @@ class Leo(EmbeddingLearner):
         """As the paper writes it."""
         return "LEO"
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (m, C, H, W) -> embeddings (m, d) of length 1, as in the authors' code."""
+        return F.normalize(self.backbone(x), dim=1)
+
     def encode(self, support_z: Tensor, support_y: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of each class's code, (n_way, latent) each.
+        """Mean and standard deviation of each class's code, (n_way, latent) each.
 
         Eq. 4: the relation network sees every pair of support images, and its output is averaged
         over the first ones of a class and all second ones.
@@ -103,18 +112,18 @@ class Leo(EmbeddingLearner):
         m = len(e)
         first, second = e.unsqueeze(1).expand(m, m, -1), e.unsqueeze(0).expand(m, m, -1)
         related = self.relation(torch.cat([first, second], 2)).mean(1)  # (m, 2 * latent)
-        mean, log_std = prototypes(related, support_y, n_way).chunk(2, 1)
-        return mean, log_std
+        mean, spread = prototypes(related, support_y, n_way).chunk(2, 1)
+        return mean, deviation(spread)
 
     def decode(self, code: Tensor, noise: Tensor | None) -> Tensor:
-        """Weights (n_way, d) of codes (n_way, latent): their mean, or a sample by (n_way, d) noise.
+        """Weights (n_way, d) of codes (n_way, latent): the mean, or a sample by (n_way, d) noise.
 
-        The deviation is that of Glorot's initialisation at first, as in the authors' code.
+        Their deviation is at first that of Glorot's initialisation, as in the authors' code.
         """
-        mean, log_std = self.decoder(code).chunk(2, 1)  # (n_way, d) each
+        mean, spread = self.decoder(code).chunk(2, 1)  # (n_way, d) each
         if noise is None:
             return mean
-        return mean + (2 / sum(mean.shape)) ** 0.5 * log_std.exp() * noise
+        return mean + (2 / sum(mean.shape)) ** 0.5 * deviation(spread) * noise
 
     def solve(
         self,
@@ -131,12 +140,12 @@ class Leo(EmbeddingLearner):
                 None takes the means.
         """
 
-        def loss(weights: Tensor) -> Tensor:
-            return self.loss(support_z @ weights.T, support_y).mean()
+        def loss(weights: Tensor) -> Tensor:  # a sum over classes: its steps fit any number of them
+            return n_way * self.loss(support_z @ weights.T, support_y).mean()
 
-        mean, log_std = self.encode(support_z, support_y, n_way)
+        mean, std = self.encode(support_z, support_y, n_way)
         of_code, of_weights = noise or (None, None)
-        start = mean if of_code is None else mean + log_std.exp() * of_code
+        start = mean if of_code is None else mean + std * of_code
         end = descend(
             lambda p: loss(self.decode(p["code"], of_weights)),
             {"code": start}, SGD(), {"code": self.inner_lr}, self.inner_steps, first_order=False,
@@ -146,12 +155,18 @@ class Leo(EmbeddingLearner):
             {"weights": self.decode(end, of_weights)}, SGD(), {"weights": self.finetuning_lr},
             self.finetuning_steps, first_order=False,
         )["weights"]  # fmt: skip
-        return Solution(weights, mean, log_std, start, end)
+        return Solution(weights, mean, std, start, end)
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`; without noise."""
         weights = self.solve(support_z, support_y, n_way).weights
         return lambda query_z: query_z @ weights.T
+
+    def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
+        """See `EmbeddingLearner.heads`; as many tasks at a time as have few enough pairs."""
+        size = max(1, PAIRED // (support_y.shape[1] ** 2 * 2 * len(self.inner_lr)))
+        head = torch.vmap(lambda z, y, q: self.head(z, y, n_way)(q), chunk_size=size)
+        return head(support_z, support_y, query_z)
 
     def meta_loss(self, batch: Episode) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 6, with noise; see `MetaLearner.meta_loss`."""
@@ -163,7 +178,7 @@ class Leo(EmbeddingLearner):
         def one(z: Tensor, y: Tensor, query: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             found = self.solve(z, y, n_way, (noise[0], noise[1]))
             way = (found.end.detach() - found.start).square().mean()
-            return query @ found.weights.T, kl_divergence(found.mean, found.log_std), way
+            return query @ found.weights.T, kl_divergence(found.mean, found.std), way
 
         logits, kl, way = torch.vmap(one)(support_z, batch.support_y, query_z, *noise)
         loss = self.loss(logits, batch.query_y).mean()
@@ -172,9 +187,14 @@ class Leo(EmbeddingLearner):
         return objective, loss.detach(), accuracy(logits, batch.query_y).mean()
 
 
-def kl_divergence(mean: Tensor, log_std: Tensor) -> Tensor:
+def deviation(x: Tensor) -> Tensor:
+    """Softplus, 1 at 0: positive, and never so steep that an inner step runs away."""
+    return F.softplus(x) / math.log(2)
+
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """Of normal distributions from the standard one, the mean over all dimensions."""
-    return (0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std).mean()
+    return (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
 
 
 def correlation(rows: Tensor) -> Tensor:
