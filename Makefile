@@ -9,8 +9,8 @@ READY := .venv/.ready
 train: $(READY) ## train on drawn characters, test on unseen ones and on real digits
 	$(BIN)/python -m pipeline.train also_test=[digits] $(ARGS)
 
-test: $(READY) ## the default tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## the default tests, on every core
+	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the tests that take long or start servers
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -42,7 +42,7 @@ class BatchStatsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
-        self.register_buffer("statistics", None)
+        self.register_buffer("statistics", None, persistent=False)
 
     def given(self) -> Tensor | None:
         """`statistics`, if there are any."""

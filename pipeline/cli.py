@@ -33,6 +33,10 @@ def help_text(name: str) -> str:
     lines = [line.removeprefix("#").removeprefix(" ") for line in header]
     lines += ["", f"Keys and defaults (conf/{name}.yaml):", ""]
     lines += [f"  {line}" for line in keys if line.strip()]
+    if name in ("train", "sweep"):
+        shared = (CONF / "data/base/images.yaml").read_text().splitlines()[1:]
+        lines += ["", "Keys of data that is made of images (conf/data/base/images.yaml):", ""]
+        lines += [f"  {line}" for line in shared]
     if name not in WITHOUT_GROUPS:
         lines += ["", "Groups (GROUP=OPTION; a file in conf/GROUP each):", ""]
         for group in sorted(p for p in CONF.iterdir() if p.is_dir()):

@@ -5,22 +5,27 @@ names before anything is built, and all problems are reported together.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import hydra
 import torch
-from annotated_types import Ge, Le, Lt, MinLen
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
 from pipeline.data.loaders import EpisodeLoaders
 from pipeline.errors import UserError
 from pipeline.heads.base import Head
+from pipeline.keys import GROUPS, ROOT
 from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain, value_problem
-from pipeline.sources import data_module, data_problems, episodic_keys
+from pipeline.sources import (
+    data_module,
+    data_problems,
+    episodic_keys,
+    target_problems,
+    unfit_learner,
+)
 from pipeline.trainer import trainer_problems
 
 _SUPPLIED = {
@@ -30,59 +35,6 @@ _SUPPLIED = {
 }
 """Arguments that `build_*` gives, so that no YAML has to; elsewhere a partial application does."""
 _PARTIAL = {"params", "optimizer"}
-
-
-_ROOT: dict[str, dict[str, Any]] = {
-    "train": {
-        "seed": Annotated[int, Ge(0), Lt(2**32)],
-        "compile": bool,
-        "test": bool,
-        "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
-        "also_test": list[str | dict[str, Any]],
-        "published": list[Published | PublishedError],
-        "experiment_name": Annotated[str, MinLen(1)],
-        "run_name": str | None,
-        "resume": str | None,
-        "init_from": str | None,
-    },
-    "evaluate": {
-        "run": str | None,
-        "checkpoint": str | None,
-        "n_way": Ways | None,
-        "k_shot": PositiveInt | Annotated[list[PositiveInt], MinLen(1)] | None,
-        "n_query": PositiveInt | None,
-        "episodes": PositiveInt | None,
-        "also_test": list[str | dict[str, Any]] | None,
-    },
-    "report": {
-        "experiment": str | None,
-        "runs": Annotated[list[str], MinLen(1)] | None,
-        "study": str | None,
-        "test_set": str | None,
-        "n_way": Ways | None,
-        "k_shot": PositiveInt | None,
-        "episodes": PositiveInt | None,
-        "out": str | None,
-    },
-    "survey": {
-        "learners": Annotated[list[str], MinLen(1)] | None,
-        "heads": list[str] | None,
-        "heads_on": str,
-        "images": PositiveInt,
-        "half": dict[str, str],
-        "data": dict[str, dict[str, Any]],
-        "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
-        "episodes": PositiveInt,
-        "overrides": dict[str, Any],
-        "workers": PositiveInt | Literal["auto"],
-        "experiment_name": Annotated[str, MinLen(1)],
-        "out": Annotated[str, MinLen(1)],
-    },
-    "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
-}
-"""Keys of the commands that belong to no group."""
-_GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
-           "report": set(), "survey": set(), "ui": set()}  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
@@ -95,9 +47,24 @@ def check(cfg: DictConfig) -> None:
     problems = [f"{key}: needs a value (none is given)" for key in missing]
     problems += _node_problems(cfg, "")
     problems += [*_root_problems(cfg, "train"), *trainer_problems(cfg.trainer)]
+    if unfit := unfit_learner(cfg):
+        problems = [unfit]
     if not problems:
         problems = list(_cross_field_problems(cfg))
     if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_data(cfg: DictConfig) -> None:
+    """Check the `data` node of a resolved configuration alone.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.startswith("data."))
+    problems = [f"{key}: needs a value (none is given)" for key in missing]
+    problems += _node_problems(cfg.data, "data")
+    if problems or (problems := list(data_problems(cfg.data))):
         raise UserError("\n".join(problems))
 
 
@@ -115,8 +82,8 @@ def check_root(cfg: DictConfig, command: str) -> None:
 
 
 def _root_problems(cfg: DictConfig, command: str) -> Iterator[str]:
-    known = _ROOT[command]
-    allowed = known.keys() | _GROUPS[command]
+    known = ROOT[command]
+    allowed = known.keys() | GROUPS[command]
     for key in sorted(map(str, cfg.keys() - allowed)):
         yield f"{key}: unknown key; allowed are {', '.join(sorted(allowed))}"
     for key, annotation in known.items():
@@ -175,7 +142,8 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
             f"data.train_n_way: found {plain(ways)}, but {learner.__name__} is built for "
             f"data.n_way={cfg.data.n_way} classes; both must be the same number"
         )
-    yield from data_problems(cfg, learner)
+    yield from data_problems(cfg.data)
+    yield from target_problems(cfg)
     on_images = learner.trains_on == "images"
     if on_images != bool(number := cfg.data.get("images_per_batch")):
         yield (

@@ -69,7 +69,10 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             learner.check_ways(cfg.n_way)
         except ValueError as error:
             raise UserError(str(error)) from error
-    trained.data = sources.with_source(trained.data, source, image_shape, **changes)
+    try:
+        trained.data = sources.with_source(trained.data, source, image_shape, **changes)
+    except UserError as error:
+        raise UserError(f"data: {error}") from error
     config.check(trained)
     data = config.build_data(trained.data)
     sets = [s._replace(scored_by=scored_by) for s in make_test_sets(trained, data, others, shots)]

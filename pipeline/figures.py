@@ -163,12 +163,12 @@ class Curves(NamedTuple):
 
     Attributes:
         truth: (points,) its values.
-        support: arguments and values (k_shot,) that were given.
+        given: arguments and values (k_shot,) of the support set.
         predicted: (points,) by label, in the order of adaptation.
     """
 
     truth: np.ndarray
-    support: tuple[np.ndarray, np.ndarray]
+    given: tuple[np.ndarray, np.ndarray]
     predicted: Mapping[str, np.ndarray]
 
 
@@ -180,22 +180,27 @@ def curves_figure(x: np.ndarray, curves: Sequence[Curves], title: str) -> Figure
     """
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = _figure(3.1 * columns, 2.3 * rows + 0.6)
+    figure = _figure(3.1 * columns, 2.2 * rows + 0.7)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    shown = curves[0].predicted
-    shades = mpl.colormaps["plasma"](np.linspace(0.75, 0.15, len(shown)))  # dark: adapted most
+    labels = list(curves[0].predicted)
+    shades = mpl.colormaps["plasma"](np.linspace(0.78, 0.12, len(labels)))  # dark: adapted most
+    widths = [1.3] * (len(labels) - 1) + [2]
+    styles = [":"] * (len(labels) > 1) + ["-"] * len(labels)
     for panel, each in zip(panels, curves, strict=False):
-        panel.plot(x, each.truth, color="0.75", linewidth=5, solid_capstyle="round", label="true")
-        for (label, y), shade in zip(each.predicted.items(), shades, strict=True):
-            first, last = label == next(iter(shown)), label == list(shown)[-1]
-            style = ":" if first and len(shown) > 1 else "-"
-            panel.plot(x, y, style, color=shade, linewidth=1.8 if last else 1.2, label=label)
-        panel.plot(*each.support, "o", color="black", markersize=4.5, zorder=5, label="given")
+        panel.plot(x, each.truth, color="0.8", linewidth=5, label="true function")
+        for i, (label, y) in enumerate(each.predicted.items()):
+            panel.plot(x, y, styles[i], color=shades[i], linewidth=widths[i], label=label)
+        panel.plot(*each.given, "o", color="black", markersize=4.5, zorder=5, label="given points")
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0)
+        if panel.get_subplotspec().is_last_row():
+            panel.set_xlabel("x")
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel("y")
     for panel in panels[len(curves) :]:
         panel.set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return figure

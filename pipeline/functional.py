@@ -111,10 +111,11 @@ def query_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
 def score(logits: Tensor, y: Tensor) -> Tensor:
     """What tasks are scored by: (..., m, n) and (..., m) classes or (..., m, n) targets -> (...).
 
-    The accuracy of classes in 0..1, the mean squared error of real targets.
+    The accuracy of classes in 0..1, the mean squared error of real targets; to report, not to
+    differentiate.
     """
     if y.is_floating_point():
-        return query_loss("mse", logits, y).mean(-1)
+        return query_loss("mse", logits.detach(), y).mean(-1)
     return accuracy(logits, y)
 
 

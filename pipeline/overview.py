@@ -49,7 +49,7 @@ def write(out: Path, cfg: DictConfig, jobs: Sequence[Job], shelf: Shelf) -> None
     """
     results = {job.name: shelf.results(job) for job in jobs}
     rows = list(_rows(cfg, jobs, results))
-    rows.sort(key=lambda row: (_KINDS.index(row["kind"]), row["learner"]))
+    rows.sort(key=lambda row: (_KINDS.index(row["kind"]), row["learner"].replace("`", "")))
     floors = _cells(cfg, [(job.data, shelf.floor(job)) for job in jobs])
     rows.append({"learner": "pixel floor", "method": "nearest class mean on raw pixels",
                  "kind": "", "protocol": "inductive", "parameters": "0", **floors})  # fmt: skip

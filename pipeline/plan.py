@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import hydra
@@ -34,7 +35,7 @@ class Job(NamedTuple):
         cfg: what they compose to.
         tests: (n_way, k_shot) that the training's own test covers, then those that `evaluate` adds.
         heads: names of heads to be tested too, by label.
-        after: the name of the run whose network it takes over; empty if it starts afresh.
+        after: the job whose network it takes over; None if it starts afresh.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Job(NamedTuple):
     cfg: DictConfig
     tests: list[tuple[int, int]]
     heads: dict[str, str]
-    after: str
+    after: "Job | None"
 
 
 def plan(cfg: DictConfig) -> list[Job]:
@@ -54,7 +55,7 @@ def plan(cfg: DictConfig) -> list[Job]:
         UserError: a line for everything that cannot be composed or trained so.
     """
     names = sorted(p.stem for p in (CONF / "learner").glob("*.yaml"))
-    names = [n for n in names if "optimizer" in compose_config("train", [f"learner={n}"]).learner]
+    names = [name for name in names if "optimizer" in _learner(name)]
     wanted = list(cfg.learners or names)
     if unknown := sorted(set(wanted) - set(names)):
         raise UserError(
@@ -72,7 +73,7 @@ def plan(cfg: DictConfig) -> list[Job]:
                     if first:
                         jobs.append(_job(cfg, first, data, given, ways[:1], {}, 0.5))
                     on_it = heads if learner == cfg.heads_on else {}
-                    after = jobs[-1].name if first else ""
+                    after = jobs[-1] if first else None
                     part = 0.5 if first else 1.0
                     jobs.append(_job(cfg, learner, data, given, ways, on_it, part, after))
                 except UserError as error:
@@ -80,6 +81,12 @@ def plan(cfg: DictConfig) -> list[Job]:
     if problems:
         raise UserError("\n".join(problems))
     return list({job.name: job for job in jobs}.values())
+
+
+@cache
+def _learner(name: str) -> DictConfig:
+    node: DictConfig = compose_config("train", [f"learner={name}"]).learner
+    return node
 
 
 def _heads(cfg: DictConfig) -> dict[str, str]:
@@ -98,32 +105,30 @@ def _heads(cfg: DictConfig) -> dict[str, str]:
 def _ways(learner: str, cfg: DictConfig) -> list[list[tuple[int, int]]]:
     """The tests, grouped by what one training can be tested on."""
     tests = [(n_way, k_shot) for n_way, k_shot in cfg.tests]
-    target = compose_config("train", [f"learner={learner}"]).learner._target_
-    if "n_way" not in parameters(hydra.utils.get_class(target)):
+    if "n_way" not in parameters(hydra.utils.get_class(_learner(learner)._target_)):
         return [tests]
     return [[t for t in tests if t[0] == n] for n in dict.fromkeys(t[0] for t in tests)]
 
 
 def _job(
     cfg: DictConfig, learner: str, data: str, given: Mapping[str, Any],
-    tests: list[tuple[int, int]], heads: dict[str, str], part: float, after: str = "",
+    tests: list[tuple[int, int]], heads: dict[str, str], part: float, after: Job | None = None,
 ) -> Job:  # fmt: skip
     n_way = tests[0][0]
     name = f"{learner} {data} {n_way}-way" + (" half" if part < 1 and not after else "")
     overrides = [f"learner={learner}", f"data={data}", f"data.n_way={n_way}"]
     overrides += [*as_overrides({"data": given}), *as_overrides(cfg.overrides)]
-    per_step = images_per_step(compose_config("train", overrides))
-    rounds = max(1, round(part * cfg.images / per_step / VALIDATIONS))
-    shots = sorted({k for n, k in tests if n == n_way})
-    overrides += [
-        f"trainer.max_steps={VALIDATIONS * rounds}",
-        f"data.batches_per_epoch={rounds}",
-        f"data.test_episodes={cfg.episodes}",
-        f"test_k_shot={shots}".replace(" ", ""),
-        f"experiment_name={cfg.experiment_name}",
-        f'run_name="{name}"',
-    ]
     composed = compose_config("train", overrides)
+    rounds = max(1, round(part * cfg.images / images_per_step(composed) / VALIDATIONS))
+    settings = {
+        "trainer": {"max_steps": VALIDATIONS * rounds},
+        "data": {"batches_per_epoch": rounds, "test_episodes": cfg.episodes},
+        "test_k_shot": sorted({k for n, k in tests if n == n_way}),
+        "experiment_name": cfg.experiment_name,
+        "run_name": name,
+    }
+    overrides += as_overrides(settings)
+    composed = cast(DictConfig, OmegaConf.merge(composed, settings))  # sooner than to compose again
     config.check(composed)
     return Job(name, learner, data, overrides, composed, tests, heads, after)
 
@@ -170,9 +175,8 @@ class Shelf:
         run = self.run_of(job)
         table = self._reader.results(run) if run else pd.DataFrame()
         if table.empty:
-            return pd.DataFrame(columns=["learner", "data", "n_way", "k_shot", "episodes"])
-        asked = (table["data"] == job.data) & (table["episodes"] == job.cfg.data.test_episodes)
-        return table[asked]
+            return pd.DataFrame(columns=["learner", "n_way", "k_shot", "episodes"])
+        return table[table["episodes"] == job.cfg.data.test_episodes]
 
     def results(self, job: Job) -> pd.DataFrame:
         """The rows of results.json that are of the learner, with or without another head."""
@@ -184,22 +188,35 @@ class Shelf:
         table = self._table(job)
         return table[table["learner"] == FLOOR]
 
-    def missing(self, job: Job) -> list[str]:
-        """The next command of a job: module and arguments; empty if it is done."""
+    def is_done(self, job: Job) -> bool:
+        """Whether a job was trained and all its tests were made."""
+        return not self._untested(job)
+
+    def next_command(self, job: Job) -> list[str]:
+        """Module and arguments of the next step of a job; empty if it is done.
+
+        Raises:
+            UserError: if the run that it starts from is missing.
+        """
         with self._lock:
-            run, table = self.run_of(job), self.results(job)
-        heads = table["learner"].map(_head_of)
-        done = set(zip(heads, table["n_way"], table["k_shot"], strict=True))
-        if not done:
+            run, untested = self.run_of(job), self._untested(job)
+        if not untested:
+            return []
+        if len(untested) == len(job.tests) * (1 + len(job.heads)):
             return ["pipeline.train", *self._start(job, run)]
-        for label, name in {"": "", **job.heads}.items():
-            for n_way in dict.fromkeys(n for n, _ in job.tests):
-                shots = [k for n, k in job.tests if n == n_way and (label, n, k) not in done]
-                if shots:
-                    shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
-                    head = [f"head={name}"] if name else []
-                    return ["pipeline.evaluate", f"run={run}", *shape, *head]
-        return []
+        label, n_way, _ = untested[0]
+        shots = [k for other, n, k in untested if (other, n) == (label, n_way)]
+        head = [f"head={job.heads[label]}"] if label else []
+        shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
+        return ["pipeline.evaluate", f"run={run}", *shape, *head]
+
+    def _untested(self, job: Job) -> list[tuple[str, int, int]]:
+        """Head (empty for the learner's own), n_way and k_shot of every test that is not made."""
+        table = self.results(job)
+        heads = table["learner"].map(_head_of)
+        made = set(zip(heads, table["n_way"], table["k_shot"], strict=True))
+        wanted = [(head, n, k) for head in ("", *job.heads) for n, k in job.tests]
+        return [test for test in wanted if test not in made]
 
     def _start(self, job: Job, run: str | None) -> list[str]:
         if run:
@@ -208,11 +225,10 @@ class Shelf:
                 return [f"resume={run}"]
         if not job.after:
             return job.overrides
-        runs = self._reader.experiment(self._experiment)
-        first = runs[runs["name"] == job.after]
-        if first.empty:
-            raise UserError(f"there is no run {job.after!r} to start from")
-        return [*job.overrides, f"init_from={first['run_id'].iat[0]}"]
+        first = self.run_of(job.after)
+        if not first:
+            raise UserError(f"there is no run {job.after.name!r} to start from")
+        return [*job.overrides, f"init_from={first}"]
 
 
 def _head_of(learner: str) -> str:

@@ -14,7 +14,7 @@ from pipeline.figures import Curves, class_accuracy_figure, curves_figure, predi
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.evaluation import Scores, adapting_in, score_by_steps
 from pipeline.learners.gradient import GradientLearner
-from pipeline.scoreboard import INNER_STEPS, FixedEpisodes, Result, is_own, score_all, with_steps
+from pipeline.scoreboard import INNER_STEPS, FixedEpisodes, Result, is_own, score_all
 from pipeline.tables import by_episode, metrics, print_frame, to_frame
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ def _first_episode(
     return prediction_figure(episode, predicted, names, caption)
 
 
+def _shown_steps(steps: int | None) -> str:
+    if steps is None:
+        return "adapted"
+    return f"after {steps} steps" if steps > 1 else ("before adaptation", "after 1 step")[steps]
+
+
 def _adapted_curves(learner: MetaLearner, test: FixedEpisodes, title: str) -> Any:
     """The first test functions, and what the learner makes of them after some inner steps."""
     sampler = test.sampler()
@@ -125,14 +131,13 @@ def _adapted_curves(learner: MetaLearner, test: FixedEpisodes, title: str) -> An
     grid = torch.from_numpy(x).view(-1, 1, 1, 1).to(learner.device)
     truth = sampler.functions(range(CURVES))(np.tile(x, (CURVES, 1)))  # (tasks, points)
     curves = []
-    for task, y in zip(sampler[range(CURVES)].tasks(), truth, strict=True):
+    for task, values in zip(sampler[range(CURVES)].tasks(), truth, strict=True):
         given = task.support_x.to(learner.device), task.support_y.to(learner.device)
         adapted = {}
         for k in steps:
             with torch.inference_mode(), adapting_in(learner, k):
-                adapted[with_steps("after", k)] = (
-                    learner.adapt(*given)(grid).flatten().cpu().numpy()
-                )
+                y = learner.adapt(*given)(grid)
+            adapted[_shown_steps(k)] = y.flatten().cpu().numpy()
         points = task.support_x.flatten().numpy(), task.support_y.flatten().numpy()
-        curves.append(Curves(y, points, adapted))
+        curves.append(Curves(values, points, adapted))
     return curves_figure(x, curves, title)

@@ -132,7 +132,7 @@ def other_sources(also_test: Sequence[str | Mapping[str, Any]]) -> list[DictConf
             if unfit := given.keys() & episodic_keys(other.data).keys():
                 key = sorted(unfit)[0]
                 problems.append(f"also_test: {key}: all test sets take that of data.{key}")
-            config.check(other)
+            config.check_data(other)
             nodes.append(other.data)
         except OmegaConfBaseException as error:
             problems.append(f"also_test: {one_line(error)}")
@@ -155,7 +155,10 @@ def make_test_sets(
     Raises:
         UserError: naming every set that cannot fill the episodes asked for.
     """
-    nodes = [with_source(cfg.data, other, data.image_shape) for other in others]
+    try:
+        nodes = [with_source(cfg.data, other, data.image_shape) for other in others]
+    except UserError as error:
+        raise UserError(f"also_test: {error}") from error
     sources = [data, *map(config.build_data, nodes)]
     sets: list[FixedEpisodes] = []
     problems = []

@@ -51,8 +51,8 @@ def _eye(n: int, like: Tensor) -> Tensor:
 def ridge(z: Tensor, targets: Tensor, l2: float | Tensor, dual: bool | None = None) -> Tensor:
     """The weight W that minimises ||z W^T - targets^T||^2 + l2 ||W||^2; differentiable.
 
-    Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136, eq. 4 (primal) and 6 (dual, by
-    Woodbury's identity).
+    The primal form and, by Woodbury's identity, the dual one (Bertinetto et al. 2019, section 3.2,
+    https://arxiv.org/abs/1805.08136).
 
     Args:
         z: (m, d).
@@ -74,7 +74,7 @@ def irls(z: Tensor, y: Tensor, n_way: int, l2: float | Tensor, steps: int) -> Te
     """A binary logistic regression for each class, itself against the rest; differentiable.
 
     Minimises the sum of log losses + l2/2 ||w||^2 by iteratively reweighted least squares from
-    w = 0. Bertinetto et al. 2019, eq. 8 in the dual form; with w = a z a step is
+    w = 0. Bertinetto et al. 2019, section 3.3, in dual form; with w = a z a step is
     a <- a + (l2 + S gram)^-1 (target - mu - l2 a), S = mu (1 - mu), which is theirs without a
     division by S.
 
@@ -181,7 +181,7 @@ def crammer_singer(z: Tensor, y: Tensor, n_way: int, c: float | Tensor, steps: i
     softmax would be for logistic regression: with gram = c z z^T minimise
     tr((target - p) gram (target - p)^T)/2 + sum p target. A primal-dual interior-point method
     (Mehrotra 1992) has n_way systems of m unknowns a step. The gradient is that of one more Newton
-    step from the solution, which is the implicit one (Lee et al. 2019, theorem 1,
+    step from the solution, which is the implicit one (Lee et al. 2019, section 3,
     https://arxiv.org/abs/1904.03758). Own code, as qpth needs numpy < 2 and neither it nor
     cvxpylayers runs under vmap.
 

@@ -12,7 +12,6 @@ from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.data.functions import FunctionFamily
 from pipeline.data.regression import RegressionDataModule
 from pipeline.errors import UserError
-from pipeline.learners.base import MetaLearner
 from pipeline.signature import parameters, plain
 
 
@@ -50,7 +49,7 @@ def with_source(
     if data_module(data) is not (module := data_module(other)):
         kinds = ("classes", "real targets")[:: -1 if module is RegressionDataModule else 1]
         raise UserError(
-            f"data: {_class_name(other)} has {kinds[0]}, but {_class_name(data)}, which this "
+            f"{_class_name(other)} has {kinds[0]}, but {_class_name(data)}, which this "
             f"learner is for, has {kinds[1]}"
         )
     if shape and module is EpisodicDataModule:
@@ -60,15 +59,27 @@ def with_source(
     return OmegaConf.create(kept | {k: other[k] for k in other if k not in episodic} | changes)
 
 
-def data_problems(cfg: DictConfig, learner: type[MetaLearner]) -> Iterator[str]:
-    """One line for each thing in which data and learner do not fit together."""
-    if data_module(cfg.data) is RegressionDataModule:
-        yield from _regression_problems(cfg, learner)
-    else:
-        yield from _image_problems(cfg.data)
+def unfit_learner(cfg: DictConfig) -> str:
+    """What is to be said of a learner of classes where targets are real; else nothing.
+
+    Whatever else does not fit would only follow from it.
+    """
+    try:
+        learner, module = hydra.utils.get_class(cfg.learner._target_), data_module(cfg.data)
+    except Exception:  # whatever an import of the user's own module raises: reported elsewhere
+        return ""
+    if module is EpisodicDataModule or getattr(learner, "regresses", False):
+        return ""
+    return (
+        f"learner: {learner.__name__} tells classes apart, but {_class_name(cfg.data)} has real "
+        "targets; learners with an inner loop take them (maml)"
+    )
 
 
-def _image_problems(data: DictConfig) -> Iterator[str]:
+def data_problems(data: DictConfig) -> Iterator[str]:
+    """One line for each value that does not fit this kind of data."""
+    if data_module(data) is RegressionDataModule:
+        return
     for name in ("mean", "std"):
         if len(data[name]) not in (1, 3):
             yield f"data.{name}: found {plain(data[name])}; give one number or one a channel"
@@ -76,15 +87,11 @@ def _image_problems(data: DictConfig) -> Iterator[str]:
         yield f"data.image_shape: found {plain(data.image_shape)}; channels are 1 or 3"
 
 
-def _regression_problems(cfg: DictConfig, learner: type[MetaLearner]) -> Iterator[str]:
-    """What does not fit real targets of one real argument."""
-    source = _class_name(cfg.data)
-    if not learner.regresses:
-        yield (
-            f"learner: {learner.__name__} tells classes apart, but {source} has real targets; "
-            "learners with an inner loop take them (maml)"
-        )
+def target_problems(cfg: DictConfig) -> Iterator[str]:
+    """One line for each part that does not fit real targets of one real argument."""
+    if data_module(cfg.data) is EpisodicDataModule:
         return
+    source = _class_name(cfg.data)
     if cfg.learner.get("loss", "mse") != "mse":
         yield f"learner.loss: found {cfg.learner.loss!r}, but {source} has real targets: mse"
     if hydra.utils.get_object(cfg.backbone._target_) is not MLP:

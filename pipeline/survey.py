@@ -47,7 +47,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     jobs = plan(cfg)
     out = PROJECT / Path(cfg.out).expanduser()
     shelf = Shelf(cfg.experiment_name)
-    missing = [job for job in jobs if shelf.missing(job)]
+    missing = [job for job in jobs if not shelf.is_done(job)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} trainings are done and tested", flush=True)
     failed: list[str] = []
     logs = store.MLRUNS / "survey"
@@ -122,9 +122,12 @@ class _Workers:
 
     def _do(self, job: "Job") -> tuple[str, float]:
         """One job, step after step; what went wrong (or nothing), and how long it took."""
-        place, start = self.places.get(), time.monotonic()
+        place, start, before = self.places.get(), time.monotonic(), [""]
         try:
-            while (step := self.shelf.missing(job)) and not self.stopping:
+            while (step := self.shelf.next_command(job)) and not self.stopping:
+                if step == before:
+                    return f"{' '.join(step)} did not leave the test that it should", 0.0
+                before = step
                 log = self.logs / f"{job.name}.log"
                 if code := self._execute(step, place, log):
                     lines = log.read_text(errors="replace").strip().splitlines() or [""]

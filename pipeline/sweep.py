@@ -130,7 +130,8 @@ def _parent_run(settings: "Settings", study: "Study", url: str) -> "Iterator[Run
     from pipeline.tracking.run import tracked_run
     from pipeline.tracking.study import status
 
-    tags = {"study": settings.name, "storage": shown_url(url)}
+    measure = settings.cfg.objectives[0].removeprefix("val/")
+    tags = {"study": settings.name, "storage": shown_url(url), "measure": measure}
     known = study.user_attrs.get("run_id")
     known = known if status(known) else None
     run = tracked_run(

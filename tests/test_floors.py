@@ -26,6 +26,7 @@ FLOORS = {
         "compose",
         "processes",
         "signature",
+        "keys",
         "trainer",
         "config",
         "checkpoints",

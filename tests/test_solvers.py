@@ -56,7 +56,7 @@ def test_ridge_is_optimal_in_both_forms(d, l2):
 
 
 def test_irls_follows_the_papers_iterations():
-    """Eq. 8 of Bertinetto et al. in NumPy: weighted ridge regression to a working response."""
+    """As they are written, in NumPy: weighted ridge regression to a working response."""
     z, y = task()
     x, l2 = z.numpy(), 0.7
     for steps in (1, 2, 4):

@@ -92,8 +92,8 @@ class Cavia(GradientLearner):
 class Context(nn.Module):
     """Scales and shifts channels by linear functions of a context.
 
-    Where the context is zero the scale is 1 and the shift 0 before training (the authors' code
-    starts both at random).
+    Where the context is zero the scale is 1 and the shift 0 before training; the authors' code
+    starts these two at random, and the weights as here.
 
     Attributes:
         context: (size,), zero; what a task adapts is given in its place.
@@ -105,9 +105,10 @@ class Context(nn.Module):
         super().__init__()
         self.shift = nn.Linear(size, channels)
         self.scale = nn.Linear(size, channels) if modulation == "scale_shift" else None
-        nn.init.zeros_(self.shift.bias)
-        if self.scale is not None:
-            nn.init.ones_(self.scale.bias)
+        for layer, start in ((self.shift, 0.0), (self.scale, 1.0)):
+            if layer is not None:
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+                nn.init.constant_(layer.bias, start)
         self.register_buffer("context", torch.zeros(size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pipeline.annotations import NonNegativeInt, PositiveFloat, PositiveInt, Way
 from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import Engine
 from pipeline.episode import Episode
-from pipeline.functional import Loss, Params, accuracy, conjugate_gradient, gradient, hessian
+from pipeline.functional import Loss, Params, conjugate_gradient, gradient, hessian, score
 from pipeline.inner import SGD, Rule, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Gradient, GradientLearner
@@ -95,5 +95,5 @@ class Imaml(GradientLearner):
 
         logits = logits.detach()
         solved = conjugate_gradient(system, grads, self.cg_steps)
-        loss, acc = self.loss(logits, task.query_y).mean(), accuracy(logits, task.query_y)
+        loss, acc = self.loss(logits, task.query_y).mean(), score(logits, task.query_y)
         return {f"net.{k}": g for k, g in solved.items()}, loss, acc

@@ -19,7 +19,7 @@ class MetaOptNet(EmbeddingLearner):
     """Classify by a convex classifier without bias; the embedding learns through its optimum.
 
     Args:
-        base_learner: the multi-class SVM of Crammer and Singer (section 3.2) or ridge regression
+        base_learner: the multi-class SVM of Crammer and Singer or ridge regression
             to indicators of the classes.
         c: weight of the support loss against ||W||^2 / 2; the lambda of the paper's ridge
             regression is 1/c.
@@ -46,7 +46,7 @@ class MetaOptNet(EmbeddingLearner):
                 "goes with cross_entropy"
             )
         self.base_learner, self.c, self.label_smoothing = base_learner, c, label_smoothing
-        self.scale = nn.Parameter(torch.tensor(float(scale)))  # gamma of eq. 12
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     @property
     def label(self) -> str:
@@ -54,7 +54,7 @@ class MetaOptNet(EmbeddingLearner):
         return f"MetaOptNet-{'SVM' if self.base_learner == 'svm' else 'RR'}"
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
-        """Logits are the scaled scores of the classifier (eq. 12)."""
+        """Logits are the scaled scores of the classifier."""
         if self.base_learner == "svm":
             weight = crammer_singer(support_z, support_y, n_way, self.c)
         else:

@@ -17,7 +17,7 @@ class ProtoNet(EmbeddingLearner):
     """Classify by distance to the mean support embedding of each class.
 
     Args:
-        distance: squared Euclidean, or cosine (the paper's section 2.7 compares the two).
+        distance: squared Euclidean, or cosine (the paper compares the two).
         scale: factor of the logits, an inverse temperature.
         learn_scale: train the scale with the embedding, from that value on.
         The rest: see `EmbeddingLearner`.

@@ -19,7 +19,7 @@ class R2D2(EmbeddingLearner):
     """Classify by a regression on the support embeddings, solved within the gradient's reach.
 
     The regression has a bias, as weight of a constant 1. Its l2 (in the log) and the scale of the
-    logits are learned with the embedding; the offset of the paper's eq. 7 only with another loss
+    logits are learned with the embedding; the paper's offset only with another loss
     than cross-entropy, which does not see what is the same for all classes.
 
     Args:
@@ -55,7 +55,7 @@ class R2D2(EmbeddingLearner):
         return "R2-D2" if self.base_learner == "ridge" else "LR-D2"
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
-        """Logits are the scaled predictions of the regression (eq. 7)."""
+        """Logits are the scaled predictions of the regression."""
         z, l2 = _with_one(support_z), self.log_l2.exp() * len(support_y)
         if self.base_learner == "ridge":
             weight = ridge(z, indicators(support_y, n_way, z.dtype), l2)

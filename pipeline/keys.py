@@ -1,0 +1,59 @@
+"""The keys of each command that stand in no group of conf/, with their types. Floor 4."""
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, Lt, MinLen
+
+from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
+
+ROOT: dict[str, dict[str, Any]] = {
+    "train": {
+        "seed": Annotated[int, Ge(0), Lt(2**32)],
+        "compile": bool,
+        "test": bool,
+        "test_k_shot": Annotated[list[PositiveInt], MinLen(1)],
+        "also_test": list[str | dict[str, Any]],
+        "published": list[Published | PublishedError],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "run_name": str | None,
+        "resume": str | None,
+        "init_from": str | None,
+    },
+    "evaluate": {
+        "run": str | None,
+        "checkpoint": str | None,
+        "n_way": Ways | None,
+        "k_shot": PositiveInt | Annotated[list[PositiveInt], MinLen(1)] | None,
+        "n_query": PositiveInt | None,
+        "episodes": PositiveInt | None,
+        "also_test": list[str | dict[str, Any]] | None,
+    },
+    "report": {
+        "experiment": str | None,
+        "runs": Annotated[list[str], MinLen(1)] | None,
+        "study": str | None,
+        "test_set": str | None,
+        "n_way": Ways | None,
+        "k_shot": PositiveInt | None,
+        "episodes": PositiveInt | None,
+        "out": str | None,
+    },
+    "survey": {
+        "learners": Annotated[list[str], MinLen(1)] | None,
+        "heads": list[str] | None,
+        "heads_on": str,
+        "images": PositiveInt,
+        "half": dict[str, str],
+        "data": dict[str, dict[str, Any]],
+        "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
+        "episodes": PositiveInt,
+        "overrides": dict[str, Any],
+        "workers": PositiveInt | Literal["auto"],
+        "experiment_name": Annotated[str, MinLen(1)],
+        "out": Annotated[str, MinLen(1)],
+    },
+    "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
+}
+"""Keys of the commands that belong to no group."""
+GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
+           "report": set(), "survey": set(), "ui": set()}  # fmt: skip
