@@ -46,7 +46,7 @@ ROOT: dict[str, dict[str, Any]] = {
         "half": dict[str, str],
         "data": dict[str, dict[str, Any]],
         "tests": Annotated[list[tuple[Ways, PositiveInt]], MinLen(1)],
-        "episodes": PositiveInt,
+        "episodes": dict[str, PositiveInt],
         "overrides": dict[str, Any],
         "workers": PositiveInt | Literal["auto"],
         "experiment_name": Annotated[str, MinLen(1)],

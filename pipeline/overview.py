@@ -116,12 +116,14 @@ def _introduction(cfg: DictConfig) -> str:
     )
     changes = f"`{' '.join(as_overrides(cfg.overrides))}`"
     budgets = " and ".join(f"{n:,} of {data}" for data, n in cfg.images.items())
+    episodes = " and ".join(f"{n:,} of {data}" for data, n in cfg.episodes.items())
     halves = " and ".join(f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items())
     return f"""# Learners
 
 Written by `python -m pipeline.survey`, which trains every learner of `conf/learner` and tests it;
-`conf/survey.yaml` says with what. Accuracy in percent with its 95 % interval over {cfg.episodes:,}
-test episodes, the same ones for all, of classes that no training has seen; 5w1s is 5-way 1-shot.
+`conf/survey.yaml` says with what. Accuracy in percent with its 95 % interval over test episodes,
+{episodes}, the same ones for all, of classes that no training has
+seen; 5w1s is 5-way 1-shot.
 
 - **The budget** is a number of images shown in training (support and queries of 1-shot tasks, or
   plain batches), {budgets}, each learner with the other settings of its YAML,

@@ -61,10 +61,10 @@ def plan(cfg: DictConfig) -> list[Job]:
         raise UserError(
             f"learners: no learner {unknown[0]!r} to train; there are {', '.join(names)}"
         )
-    if cfg.images.keys() != cfg.data.keys():
-        raise UserError(
-            f"images: found {', '.join(cfg.images)}; needs {', '.join(cfg.data)}, as data"
-        )
+    for key in ("images", "episodes"):
+        if cfg[key].keys() != cfg.data.keys():
+            found, needed = ", ".join(cfg[key]), ", ".join(cfg.data)
+            raise UserError(f"{key}: found {found}; needs {needed}, as data")
     half = OmegaConf.to_container(cfg.half)
     assert isinstance(half, dict)
     heads = _heads(cfg)
@@ -126,7 +126,7 @@ def _job(
     rounds = max(1, round(part * cfg.images[data] / images_per_step(composed) / VALIDATIONS))
     settings = {
         "trainer": {"max_steps": VALIDATIONS * rounds},
-        "data": {"batches_per_epoch": rounds, "test_episodes": cfg.episodes},
+        "data": {"batches_per_epoch": rounds, "test_episodes": cfg.episodes[data]},
         "test_k_shot": sorted({k for n, k in tests if n == n_way}),
         "experiment_name": cfg.experiment_name,
         "run_name": name,
