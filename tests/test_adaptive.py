@@ -410,7 +410,7 @@ def test_cavia_in_a_linear_model_by_hand(modulation):
     """One hidden layer whose units are all active; the loss is the mean square of its outputs."""
     torch.manual_seed(0)
     body = MLP(1, 2, [6], "none")
-    learner = Cavia(body, 2, 3, modulation, 0.02, 1, 1, False, *OUTER, loss="mse").double()
+    learner = Cavia(body, 2, 3, modulation, 1e-4, 1, 1, False, *OUTER, loss="mse").double()
     linear, (context, rest) = learner.net.body[1], learner.net.head
     head = rest[-1]
     with torch.no_grad():
@@ -424,7 +424,7 @@ def test_cavia_in_a_linear_model_by_hand(modulation):
     if modulation == "scale_shift":
         film = context.scale.weight.detach().numpy()
         gradient += film.T @ (upstream * hidden).sum(0)
-    c = -0.02 * gradient
+    c = -1e-4 * gradient
     if modulation == "scale_shift":
         scale = 1 + film @ c
     hidden = hidden * scale + context.shift.weight.detach().numpy() @ c

@@ -53,7 +53,8 @@ class Baseline(Head):
         if not self.cosine:
             start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
         y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
-        w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps)
+        # At zero weights the gradient of a bias is 0 but for rounding, which must not become a step
+        w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps, eps=1e-6)
         return lambda query_z: self._logits(w, query_z).T
 
     def _logits(self, w: Tensor, z: Tensor) -> Tensor:
