@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.annotations import NonNegativeInt, PositiveFloat
 from pipeline.episode import Classifier
-from pipeline.functional import prototypes
+from pipeline.functional import canonical_order, prototypes
 from pipeline.heads.base import Head
 from pipeline.heads.descent import adam
 from pipeline.solvers import indicators
@@ -49,12 +49,14 @@ class Baseline(Head):
         self, support_z: Tensor, support_y: Tensor, n_way: int, base_mean: Tensor
     ) -> Classifier:
         """See `Head.forward`."""
+        # Adam makes a step of a gradient that is 0 but for rounding; sums round by their order
+        order = canonical_order(support_z, support_y)
+        support_z, support_y = support_z[order], support_y[order]
         start = F.normalize(prototypes(support_z, support_y, n_way), dim=1)  # (n_way, d)
         if not self.cosine:
             start = torch.zeros_like(F.pad(start, (0, 1)))  # (n_way, d+1), the bias last
         y = indicators(support_y, n_way, support_z.dtype)  # (n_way, m)
-        # At zero weights the gradient of a bias is 0 but for rounding, which must not become a step
-        w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps, eps=1e-6)
+        w = adam(lambda w: self.gradient(w, support_z, y), start, self.lr, self.steps)
         return lambda query_z: self._logits(w, query_z).T
 
     def _logits(self, w: Tensor, z: Tensor) -> Tensor:

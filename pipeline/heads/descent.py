@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 
 
-def adam(
-    gradient: Callable[[Tensor], Tensor], w: Tensor, lr: float, steps: int, eps: float = 1e-8
-) -> Tensor:
+def adam(gradient: Callable[[Tensor], Tensor], w: Tensor, lr: float, steps: int) -> Tensor:
     """Adam (Kingma, Ba 2015, algorithm 1) from w; `torch.optim.Adam` cannot be stacked by vmap.
 
     Args:
         gradient: of what is descended, at the weights it is given; they are written over later.
         w: (n_way, d), left as it is.
-        lr: rate; the betas are those of the paper.
+        lr: rate; the other constants are those of the paper.
         steps: how many.
-        eps: below which a gradient counts as nothing.
     """
     w = w.clone()
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
@@ -25,7 +22,7 @@ def adam(
         g = gradient(w)
         mean.mul_(0.9).add_(g, alpha=0.1)
         square.mul_(0.999).add_(g.mul_(g), alpha=0.001)
-        spread = square.sqrt().mul_((1 - 0.999**t) ** -0.5).add_(eps)
+        spread = square.sqrt().mul_((1 - 0.999**t) ** -0.5).add_(1e-8)
         w.sub_(mean / spread, alpha=lr / (1 - 0.9**t))
     return w
 
