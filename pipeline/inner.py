@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pipeline.annotations import Fraction, PositiveFloat
+from pipeline.annotations import Fraction, PositiveFloat, Probability
 from pipeline.functional import Params, gradient
 
 State = Mapping[str, Params]
@@ -78,8 +78,8 @@ class RMSprop:
 class Adam:
     """Kingma, Ba 2015: torch.optim.Adam."""
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
     eps: PositiveFloat = 1e-8
 
     def direction(self, grads: Params, state: State, t: int) -> tuple[Params, State]:

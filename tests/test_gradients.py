@@ -160,6 +160,20 @@ def test_reptile_is_theta_minus_phi(inner):
         torch.testing.assert_close(g, expected[k], rtol=1e-6, atol=1e-10)  # sums in other orders
 
 
+def test_reptiles_inner_batches_pass_over_the_support_set():
+    """Again and again, each pass in another order, which is the episode's."""
+    net = Conv4(1, 20, 6, "group", "stride")
+    learner = Reptile(net, 3, partial(torch.optim.SGD, lr=0.1), 5, 1, 4, ADAM, None)
+    parts = learner._batches(10, episode=7)
+    assert [len(part) for part in parts] == [4] * 5
+    seen = torch.cat(parts).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert torch.cat(learner._batches(10, episode=7)).tolist() == seen
+    assert torch.cat(learner._batches(10, episode=8)).tolist() != seen
+    assert [len(part) for part in learner._batches(3, episode=7)] == [3] * 5
+
+
 def test_protonet_against_numpy_with_unbalanced_classes():
     learner = ProtoNet(nn.Flatten(), ADAM, None)
     rng = np.random.default_rng(0)

@@ -108,6 +108,13 @@ def test_stacked_tasks_are_as_one_by_one_and_inputs_stay(head):
     assert not list(head.parameters())
 
 
+def test_a_class_and_a_query_without_any_feature_do_no_harm(head):
+    s, y, q, _ = make_embeddings()
+    s[0][y == 1] = 0
+    q[0][4] = 0
+    assert head(s[0], y, N_WAY, BASE)(q[0]).isfinite().all()
+
+
 def test_only_centred_features_need_the_base_mean(head):
     s, y, q, _ = make_embeddings()
     same = torch.equal(head(s[0], y, N_WAY, BASE)(q[0]), head(s[0], y, N_WAY, 3 * BASE)(q[0]))

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 
+from pipeline.heads.base import cosine
 from pipeline.heads.baseline import Baseline
 from pipeline.heads.bd_cspn import BdCspn, rectified_prototypes
 from pipeline.heads.cosine import Cosine
@@ -234,6 +235,23 @@ def test_rectified_prototypes_by_hand():
     close(rectified_prototypes(s, y, 2, q, e), torch.tensor(expected, dtype=torch.float32))
     shifted = rectified_prototypes(s, y, 2, q + torch.tensor([5.0, -7.0]), e)
     close(shifted, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
+
+
+def test_the_sharpest_rectification_is_the_nearest_image():
+    """Of class 0 that is a query, shifted by (0, 1/3): no image of it lies at the class mean."""
+    s, y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.tensor([0, 0, 1])
+    means = rectified_prototypes(s, y, 2, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 1e4)
+    close(means, torch.tensor([[1.0, 1 / 3], [-1.0, 0.0]]))
+
+
+def test_cosines_near_one_do_not_tie_in_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    a, b = 3 + torch.rand(20, 64, generator=generator), 3 + torch.rand(5, 64, generator=generator)
+    exact = F.cosine_similarity(a.double().unsqueeze(1), b.double(), dim=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cosine(a, b)
+    close(found.double(), exact, atol=1e-6)
+    assert cosine(a.bfloat16(), b.bfloat16()).dtype == torch.float32
 
 
 def test_the_power_transform_by_hand():

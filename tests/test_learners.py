@@ -210,6 +210,12 @@ def test_the_inner_curve_begins_at_theta_and_passes_through_what_adapt_returns(l
     assert curve.query_accuracy[steps] == pytest.approx(float(sum(right)) / 2)
 
 
+def test_the_header_says_the_protocol(learner, request):
+    text = CONF[request.node.callspec.params["learner"]].read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert learner.protocol.capitalize() in " ".join(header)
+
+
 def test_the_protocol_is_that_of_the_norm(learner, request):
     if not trainable(learner):
         assert learner.protocol == "inductive"

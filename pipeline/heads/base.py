@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,4 +59,6 @@ def prepared(z: Tensor, features: Features, base_mean: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of every row of a to every row of b: (m, d), (n, d) -> (m, n)."""
-    return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    with torch.autocast(a.device.type, enabled=False):  # near 1, half precision has ties of 0.004
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T

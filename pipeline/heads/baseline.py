@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.annotations import NonNegativeInt, PositiveFloat
 from pipeline.episode import Classifier
 from pipeline.functional import canonical_order, prototypes
-from pipeline.heads.base import Head
+from pipeline.heads.base import Head, cosine
 from pipeline.heads.descent import adam
 from pipeline.solvers import indicators
 
@@ -62,7 +62,7 @@ class Baseline(Head):
     def _logits(self, w: Tensor, z: Tensor) -> Tensor:
         """Weights and embeddings (m, d) -> (n_way, m)."""
         if self.cosine:
-            return self.scale * (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T)
+            return self.scale * cosine(w, z)
         return w[:, :-1] @ z.T + w[:, -1:]
 
     def gradient(self, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Baseline(Head):
         """
         g = (self._logits(w, z).softmax(0) - y) / len(z)  # (n_way, m)
         if self.cosine:
-            length = w.norm(dim=1, keepdim=True)
+            length = w.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as F.normalize; a mean may be 0
             direction, along = w / length, self.scale * (g @ F.normalize(z, dim=1))
             of_loss = (along - (along * direction).sum(1, keepdim=True) * direction) / length
         else:

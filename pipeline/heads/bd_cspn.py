@@ -31,9 +31,9 @@ def rectified_prototypes(
     z = torch.cat([support_z, query_z])  # (m+q, d)
     similarity = cosine(z, prototypes(support_z, support_y, n_way))  # (m+q, n_way)
     guessed = similarity[len(support_y) :].argmax(1)
-    member = indicators(torch.cat([support_y, guessed]), n_way, z.dtype).T
-    weight = member * (sharpness * (similarity - 1)).exp()  # at most 1
-    return (weight / weight.sum(0)).T @ z
+    member = indicators(torch.cat([support_y, guessed]), n_way, torch.bool).T
+    weight = (sharpness * similarity).masked_fill(~member, float("-inf")).softmax(0)
+    return weight.T @ z
 
 
 class BdCspn(Head):

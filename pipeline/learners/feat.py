@@ -19,6 +19,8 @@ ATTENTION_DROPOUT = 0.1
 class Feat(EmbeddingLearner):
     """Prototypes are adapted to each other by self-attention, then classify by distance.
 
+    The attention's maps have no bias; in the authors' code the last one has.
+
     Args:
         temperature: the squared distances of queries to prototypes are divided by it.
         contrast: weight of the contrastive term of the training loss (lambda in the paper).

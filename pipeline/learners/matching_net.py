@@ -8,7 +8,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt
-from pipeline.functional import Loss, canonical_order
+from pipeline.functional import canonical_order
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
 
@@ -16,11 +16,13 @@ from pipeline.learners.embedding import EmbeddingLearner
 class MatchingNet(EmbeddingLearner):
     """Classify by attention over the labels of the support set (eq. 1 of the paper).
 
-    Logits are log-probabilities, so that cross-entropy is the paper's negative log-likelihood.
+    Logits are log-probabilities, so that cross-entropy is the paper's negative log-likelihood; no
+    other loss is defined on them.
 
     Args:
         full_context: embed the support set and each query in the light of the support set
-            (section 2.1.2 and appendix A).
+            (section 2.1.2 and appendix A); read class after class (`canonical_order`), where the
+            paper leaves the order open.
         processing_steps: K of the query's attention LSTM.
         scale: of the cosine before the softmax; 1 is the paper, with which no probability of a
             1-shot task exceeds e^2 / (e^2 + n_way - 1). Beyond 40 a far label would underflow.
@@ -34,9 +36,8 @@ class MatchingNet(EmbeddingLearner):
         scale: Annotated[float, Gt(0), Le(40)],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
-        loss: Loss = "cross_entropy",
     ) -> None:
-        super().__init__(backbone, optimizer, scheduler, loss)
+        super().__init__(backbone, optimizer, scheduler)
         self.processing_steps, self.scale = processing_steps, scale
         self.full_context = full_context
         if full_context:

@@ -23,7 +23,8 @@ class Snail(EmbeddingLearner):
 
     Attention and temporal convolutions take turns, as in the paper's few-shot networks. As the
     query comes last, nothing in the support set depends on it: the sequences of all queries of a
-    task share one pass over the support set, with the same result as one pass a query.
+    task share one pass over the support set, with the same result as one pass a query. It is read
+    class after class (`canonical_order`), where the paper shuffles it.
 
     Args:
         n_way: length of the one-hot label; this learner takes tasks of exactly that many classes.
