@@ -75,6 +75,9 @@ def check_root(cfg: DictConfig, command: str) -> None:
         UserError: one line for each problem.
     """
     problems = list(_root_problems(cfg, command))
+    for group in sorted(GROUPS[command] & cfg.keys()):
+        if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
+            problems.append(f"{group}: found {', '.join(cfg[group])} alone; name the {group} too")
     if command == "evaluate" and "head" in cfg:
         problems += _node_problems(cfg.head, "head")
     if problems:

@@ -104,7 +104,8 @@ def _under_head(
             "which has none; an embedding learner (protonet) has"
         )
     head = config.build_head(cfg.head)
-    changed = ", ".join(o.removeprefix("head.") for o in overrides if o.startswith("head."))
+    keys = [o.lstrip("+") for o in overrides]
+    changed = ", ".join(k.removeprefix("head.") for k in keys if k.startswith("head."))
     centre = None
     if head.features == "CL2N":
         images = config.build_data(trained_on)

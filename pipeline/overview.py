@@ -54,8 +54,7 @@ def write(out: Path, cfg: DictConfig, jobs: Sequence[Job], shelf: Shelf) -> None
     rows.append({"learner": "pixel floor", "method": "nearest class mean on raw pixels",
                  "kind": "", "protocol": "inductive", "parameters": "0", **floors})  # fmt: skip
     frame = pd.DataFrame(rows).fillna("")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f"{_introduction(cfg)}\n\n{_markdown(frame)}\n")
+    out.write_text(f"{_introduction(cfg, frame)}\n\n{_markdown(frame)}\n")
 
 
 def _rows(
@@ -109,7 +108,9 @@ def _cells(cfg: DictConfig, tables: Sequence[tuple[str, pd.DataFrame]]) -> dict[
     return cells
 
 
-def _introduction(cfg: DictConfig) -> str:
+def _introduction(cfg: DictConfig, frame: pd.DataFrame) -> str:
+    """What was done, as far as it shows in the table."""
+    which = "the learners below" if cfg.learners else "all learners of `conf/learner`"
     kept = {k: {n: v for n, v in given.items() if n != "root"} for k, given in cfg.data.items()}
     sets = ", ".join(
         f"`{' '.join([f'data={k}', *as_overrides({'data': v})])}`" for k, v in kept.items()
@@ -117,25 +118,32 @@ def _introduction(cfg: DictConfig) -> str:
     changes = f"`{' '.join(as_overrides(cfg.overrides))}`"
     budgets = " and ".join(f"{n:,} of {data}" for data, n in cfg.images.items())
     episodes = " and ".join(f"{n:,} of {data}" for data, n in cfg.episodes.items())
-    halves = " and ".join(f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items())
-    return f"""# Learners
+    text = f"""# Learners
 
-Written by `python -m pipeline.survey`, which trains every learner of `conf/learner` and tests it;
+Written by `python -m pipeline.survey`, which trains {which} and tests them;
 `conf/survey.yaml` says with what. Accuracy in percent with its 95 % interval over test episodes,
-{episodes}, the same ones for all, of classes that no training has
-seen; 5w1s is 5-way 1-shot.
+{episodes}, the same ones for all, of classes that no training has seen;
+5w1s is 5-way 1-shot.
 
-- **The budget** is a number of images shown in training (support and queries of 1-shot tasks, or
-  plain batches), {budgets}, each learner with the other settings of its YAML,
+- **The budget** is a number of images shown in training (support and queries of tasks, or plain
+  batches), {budgets}, each learner with the other settings of its YAML,
   and with {changes}. These are minutes on a CPU core and not the papers' days:
   the table compares what learners make of little, and `conf/experiment` has the papers' recipes.
 - **Transductive**: a prediction depends on the other queries, through norm layers that use the
   statistics of the batch at hand or through the head. Compare such rows with each other.
+- Data: {sets}."""
+    if "head" in set(frame["kind"]):
+        text += f"""
 - `head=NAME` is tried on the network of `{cfg.heads_on}`, as `python -m pipeline.evaluate run=ID
-  head=NAME` does for any embedding learner.
-- Learners built for one number of classes were trained again for 20-way.
-- {halves}, whose network it takes over.
-- Data: {", ".join(sets)}."""
+  head=NAME` does for any embedding learner."""
+    if more := list(dict.fromkeys(str(n_way) for n_way, _ in cfg.tests))[1:]:
+        again = "- and ".join(more)
+        text += f"\n- Learners built for one number of classes were trained again for {again}-way."
+    halves = [f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items()
+              if f"`{k}`" in set(frame["learner"])]  # fmt: skip
+    if halves:
+        text += f"\n- {' and '.join(halves)}, whose network it takes over."
+    return text
 
 
 def _markdown(frame: pd.DataFrame) -> str:

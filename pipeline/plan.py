@@ -1,19 +1,22 @@
 """What a survey has to train and test, and which of it is on the shelf already. Floor 4."""
 
 import json
+import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import hydra
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import config
+from pipeline import config, sources
 from pipeline.compose import CONF, compose_config
 from pipeline.errors import UserError
+from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.signature import parameters
 from pipeline.tested import FLOOR
 from pipeline.tracking.read import Reader
@@ -21,8 +24,10 @@ from pipeline.tracking.run import flatten
 from pipeline.tracking.store import find_checkpoint
 
 VALIDATIONS = 5  # in a training
-_ELSEWHERE = {"data.root", "data.num_workers", "trainer.accelerator", "init_from"}
+_ELSEWHERE = {"data.root", "data.num_workers", "trainer.accelerator"}
 """Parameters in which a finished run may differ from what is asked for."""
+_FILLED_IN = {"data.image_shape", "learner.n_train_classes", "trainer.devices"}
+"""Those whose null or auto a training replaces."""
 
 
 class Job(NamedTuple):
@@ -57,16 +62,21 @@ def plan(cfg: DictConfig) -> list[Job]:
     names = sorted(p.stem for p in (CONF / "learner").glob("*.yaml"))
     names = [name for name in names if "optimizer" in _learner(name)]
     wanted = list(cfg.learners or names)
-    if unknown := sorted(set(wanted) - set(names)):
-        raise UserError(
-            f"learners: no learner {unknown[0]!r} to train; there are {', '.join(names)}"
-        )
+    half = cast(dict[str, str], OmegaConf.to_container(cfg.half))
+    named = {"learners": wanted, "half": [*half, *half.values()], "heads_on": [cfg.heads_on]}
+    for key, learners in named.items():
+        if unknown := sorted(set(learners) - set(names)):
+            raise UserError(
+                f"{key}: no learner {unknown[0]!r} to train; there are {', '.join(names)}"
+            )
     for key in ("images", "episodes"):
         if cfg[key].keys() != cfg.data.keys():
             found, needed = ", ".join(cfg[key]), ", ".join(cfg.data)
             raise UserError(f"{key}: found {found}; needs {needed}, as data")
-    half = OmegaConf.to_container(cfg.half)
-    assert isinstance(half, dict)
+    for data in cfg.data:
+        node = compose_config("train", [f"data={data}"]).data
+        if sources.data_module(node).measure != "acc":
+            raise UserError(f"data: {data} has real targets; a survey is of classes")
     heads = _heads(cfg)
     jobs, problems = [], []
     for data, given in cfg.data.items():
@@ -103,6 +113,9 @@ def _heads(cfg: DictConfig) -> dict[str, str]:
         head = config.build_head(compose_config("evaluate", [f"head={name}"]).head)
         if name in cfg.heads if cfg.heads is not None else head.transductive:
             found[head.label] = name
+    target = hydra.utils.get_class(_learner(cfg.heads_on)._target_)
+    if found and not issubclass(target, EmbeddingLearner):
+        raise UserError(f"heads_on: found {cfg.heads_on!r}, which has no embeddings")
     return found
 
 
@@ -140,8 +153,10 @@ def _job(
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """`KEY=VALUE` of a nested mapping, as a command line has it."""
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dict(values))))
-    # JSON is what Hydra reads, but for an empty mapping, which says nothing
-    return [f"{k}={json.dumps(v)}" for k, v in flatten(plain).items() if v != {}]
+    # JSON is what Hydra reads, but for \u escapes, and an empty mapping, which says nothing
+    return [
+        f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in flatten(plain).items() if v != {}
+    ]
 
 
 def images_per_step(cfg: DictConfig) -> float:
@@ -166,21 +181,34 @@ class Shelf:
 
     def run_of(self, job: Job) -> str | None:
         """The newest run that was, or is being, trained as the job asks."""
+        run = self._find(job)
+        return str(run["run_id"]) if run else None
+
+    def _find(self, job: Job) -> dict[Any, Any] | None:
+        """See `run_of`; its parameters are those asked for, no more and no fewer."""
+        asked = flatten(cast(dict[str, Any], OmegaConf.to_container(job.cfg, resolve=True)))
+        if job.after:
+            asked["init_from"] = self.run_of(job.after)
+        if path := asked.get("data.split_file"):
+            asked["data.split_file"] = os.path.abspath(Path(path).expanduser())
+        free = _ELSEWHERE | {k for k in _FILLED_IN if asked.get(k) in (None, "auto")}
+        wanted = {f"params.{k}": str(v) for k, v in asked.items() if k not in free}
         runs = self._reader.experiment(self._experiment, new=True)
-        asked = cast(dict[str, Any], OmegaConf.to_container(job.cfg, resolve=True))
-        settled = {k: v for k, v in flatten(asked).items() if v is not None and k not in _ELSEWHERE}
-        flat = {f"params.{k}": str(v) for k, v in settled.items()}
         for run in runs[runs["name"] == job.name].to_dict("records"):
-            if all(run[k] == v for k, v in flat.items() if isinstance(run.get(k), str)):
-                return str(run["run_id"])
+            keys = [str(k) for k in run if str(k).startswith("params.")]
+            has = {k: run[k] for k in keys if isinstance(run[k], str)}  # nan: others have it
+            if {k: v for k, v in has.items() if k.removeprefix("params.") not in free} == wanted:
+                return run
         return None
 
     def _table(self, job: Job) -> pd.DataFrame:
-        run = self.run_of(job)
-        table = self._reader.results(run) if run else pd.DataFrame()
-        if table.empty:
+        run = self._find(job)
+        table = self._reader.results(run["run_id"]) if run else pd.DataFrame()
+        if run is None or table.empty:
             return pd.DataFrame(columns=["learner", "n_way", "k_shot", "episodes"])
-        return table[table["episodes"] == job.cfg.data.test_episodes]
+        mine = table["data"] == run.get("tags.data")  # a user may have tested it on other data
+        mine &= table["n_query"] == job.cfg.data.n_query
+        return table[mine & (table["episodes"] == job.cfg.data.test_episodes)]
 
     def results(self, job: Job) -> pd.DataFrame:
         """The rows of results.json that are of the learner, with or without another head."""
@@ -200,14 +228,14 @@ class Shelf:
         """Module and arguments of the next step of a job; empty if it is done.
 
         Raises:
-            UserError: if the run that it starts from is missing.
+            UserError: if the run that it starts from is not done.
         """
         with self._lock:
             run, untested = self.run_of(job), self._untested(job)
-        if not untested:
-            return []
-        if len(untested) == len(job.tests) * (1 + len(job.heads)):
-            return ["pipeline.train", *self._start(job, run)]
+            if not untested:
+                return []
+            if len(untested) == len(job.tests) * (1 + len(job.heads)):
+                return ["pipeline.train", *self._start(job, run)]
         label, n_way, _ = untested[0]
         shots = [k for other, n, k in untested if (other, n) == (label, n_way)]
         head = [f"head={job.heads[label]}"] if label else []
@@ -226,13 +254,13 @@ class Shelf:
         if run:
             with suppress(UserError):  # stopped before its first checkpoint: from the start
                 find_checkpoint(run, "last")
-                return [f"resume={run}"]
+                root = [o for o in job.overrides if o.startswith("data.root=")]
+                return [f"resume={run}", *(o for o in root if o != "data.root=null")]
         if not job.after:
             return job.overrides
-        first = self.run_of(job.after)
-        if not first:
-            raise UserError(f"there is no run {job.after.name!r} to start from")
-        return [*job.overrides, f"init_from={first}"]
+        if not self.is_done(job.after):  # its network may be half trained
+            raise UserError(f"{job.after.name!r}, which it starts from, is not done")
+        return [*job.overrides, f"init_from={self.run_of(job.after)}"]
 
 
 def _head_of(learner: str) -> str:

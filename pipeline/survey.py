@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.processes import uninterrupted
 from pipeline.train import quieten
 
 if TYPE_CHECKING:
@@ -42,17 +44,23 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.plan import Shelf, plan
     from pipeline.study.local import environments
     from pipeline.tracking import store
+    from pipeline.tracking.run import sigterm_interrupts
 
     config.check_root(cfg, "survey")
     jobs = plan(cfg)
     out = PROJECT / Path(cfg.out).expanduser()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written ({error.strerror})") from error
     shelf = Shelf(cfg.experiment_name)
     missing = [job for job in jobs if not shelf.is_done(job)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} trainings are done and tested", flush=True)
     failed: list[str] = []
     logs = store.MLRUNS / "survey"
     logs.mkdir(parents=True, exist_ok=True)
-    with (logs / ".lock").open("w") as lock:
+    with sigterm_interrupts(), (logs / ".lock").open("w") as lock:
         _wait_for(lock)
         try:
             for wave in ([j for j in missing if not j.after], [j for j in missing if j.after]):
@@ -96,6 +104,7 @@ class _Workers:
             self.places.put(place)
         self.count, self.stopping = len(places), False
         self.processes: set[subprocess.Popen[bytes]] = set()
+        self._starting = threading.Lock()  # none starts unseen by `_stop`
 
     def run(self, jobs: Sequence["Job"]) -> list[str]:
         """Do the jobs.
@@ -115,7 +124,8 @@ class _Workers:
                     word = f"failed: {problem}" if problem else "done"
                     print(f"{done}/{len(jobs)}  {name}  {word}  ({minutes})", flush=True)
             except BaseException:
-                self._stop()
+                with uninterrupted():
+                    self._stop()
                 pool.shutdown(cancel_futures=True)
                 raise
         return failed
@@ -139,12 +149,14 @@ class _Workers:
             self.places.put(place)
 
     def _execute(self, step: Sequence[str], place: dict[str, str], log: Path) -> int:
-        with log.open("ab") as file:
+        with self._starting, log.open("ab") as file:
+            if self.stopping:
+                return 130
             process = subprocess.Popen(
                 [sys.executable, "-m", *step], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 env={**os.environ, **place}, start_new_session=True, pass_fds=[self.lock.fileno()],
             )  # fmt: skip
-        self.processes.add(process)
+            self.processes.add(process)
         try:
             return process.wait()
         finally:
@@ -152,8 +164,9 @@ class _Workers:
 
     def _stop(self) -> None:
         """Have the trainings store their checkpoints and end."""
-        self.stopping = True
-        running = list(self.processes)
+        with self._starting:
+            self.stopping = True
+            running = list(self.processes)
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:

@@ -52,7 +52,9 @@ def _of_run(run: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
         for key, value in run.items()
         if key.startswith("params.") and isinstance(value, str)  # nan: only other runs have it
     }
-    configuration = {k: v for k, v in parameters.items() if k not in _NO_CONFIGURATION}
+    configuration = {  # an older run lacks a later key, which is null
+        k: v for k, v in parameters.items() if k not in _NO_CONFIGURATION and v != "None"
+    }
     configuration["images"] = str(run.get("tags.data.fingerprint"))[:8]
     table = table.assign(
         run_id=run["run_id"],

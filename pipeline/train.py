@@ -235,9 +235,8 @@ def quieten() -> None:
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     harmless = ["does not have many workers", "LeafSpec", "logging interval", "exists and is not"]
-    harmless += ["IProgress not found"]  # tqdm in a notebook
+    harmless += ["IProgress not found"]  # tqdm in a notebook without ipywidgets
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
-    harmless += ["IProgress not found"]  # a notebook without ipywidgets
     harmless += ["recommended to use `self.log"]  # EpisodeMean gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)

@@ -67,6 +67,8 @@ def test_a_gradient_learner_has_no_embeddings():
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
+        (["+head.steps=3"], ["head: found steps alone; name the head too"]),
+        (["+data.root=x"], ["data: found root alone; name the data too"]),
         (["head=timm"], ["head=timm: no such option; head can be baseline, baseline_pp, bd_cspn"]),
         (["head=tim", "head.stepss=3"], ["head.stepss=3: unknown key 'stepss'; head has cond"]),
         (

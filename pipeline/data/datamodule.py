@@ -218,7 +218,7 @@ class EpisodicDataModule(EpisodeLoaders):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Gather from the pool if it is there, augment (in training) and standardise."""
         augment = self.augmentation if self.trainer and self.trainer.training else None
-        seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()]
+        seeds = [self.seed * 0x9E3779B1 + i for i in batch.id.tolist()] if augment else []
         draws = [torch.Generator().manual_seed(s) for s in seeds]  # of the episode or image alone
 
         def ready(images: Tensor, axes: int) -> Tensor:
