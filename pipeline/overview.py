@@ -138,7 +138,9 @@ Written by `python -m pipeline.survey`, which trains {which} and tests them;
   head=NAME` does for any embedding learner."""
     if more := list(dict.fromkeys(str(n_way) for n_way, _ in cfg.tests))[1:]:
         again = "- and ".join(more)
-        text += f"\n- Learners built for one number of classes were trained again for {again}-way."
+        text += f"""
+- Learners built for one number of classes were trained again for {again}-way. A task then shows
+  that many more images, so that the budget is fewer steps: some are hardly above chance there."""
     halves = [f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items()
               if f"`{k}`" in set(frame["learner"])]  # fmt: skip
     if halves:
