@@ -47,7 +47,7 @@ def test_the_table_of_the_docs_is_whole_and_the_yamls_agree_with_it():
     """Every learner has its figures, beats raw pixels, and tells its user what to expect."""
     lines = (REPO / "docs/learners.md").read_text().splitlines()
     columns, *rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "|" in line
+        [cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")
     ]
     figures = {row[0]: dict(zip(columns, row, strict=True)) for row in rows if "±" in "".join(row)}
     first, second = (
