@@ -22,6 +22,8 @@ from pipeline.errors import UserError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WITHOUT_GROUPS = {"report", "survey", "ui"}
 """Commands whose keys are all plain: the `experiment` of a report is none of conf/experiment."""
+_ADDED_GROUPS = {"train": {"scheduler"}, "sweep": {"scheduler"}, "evaluate": {"data"}}
+"""Groups that a command has not, and takes with a `+`."""
 _REFUSED = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for an override that does not fit; ValueError for GROUP=null."""
 
@@ -109,7 +111,8 @@ def _explain(name: str, fitting: list[str], override: str, error: Exception) -> 
         return f"no such option; {key} can be {', '.join(options)}"
     unknown = isinstance(error, ConfigCompositionException) and "Could not override" in str(error)
     if options and unknown:
-        return f"write +{key}={value}"  # + adds a group that a command has not
+        taken = key in _ADDED_GROUPS[name]
+        return f"write +{key}={value}" if taken else f"{name} takes no {key}"
     if options and override.startswith("+"):
         return f"write {key}={value}"
     if unknown:

@@ -4,6 +4,7 @@ The signature is the schema: every `_target_` node is checked against the annota
 names before anything is built, and all problems are reported together.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,8 @@ from pipeline.sources import (
     unfit_learner,
 )
 from pipeline.trainer import trainer_problems
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it raises what it logs
 
 _SUPPLIED = {
     "data": {"source", "cache_dir"},

@@ -53,7 +53,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     url = cfg.storage or kept.local_url(store.MLRUNS)
     kept.prepare(url, store.MLRUNS)
     storage = kept.open_storage(url, cfg.heartbeat, cfg.attempts)
-    study = make_study(settings, storage, reading.fingerprint(cfg, settings.space))
+    study = make_study(settings, storage, reading.fingerprint(settings.cfg, settings.space))
     logs = store.MLRUNS / "sweeps" / settings.name
     with kept.closing(storage), kept.only_driver(url, settings.name, logs):
         before = study.user_attrs.get("run_id")

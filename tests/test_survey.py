@@ -12,7 +12,7 @@ import pytest
 from pipeline import evaluate, overview, survey, train
 from pipeline.compose import CONF, compose_config
 from pipeline.errors import UserError
-from pipeline.plan import images_per_step, plan
+from pipeline.plan import Shelf, images_per_step, plan
 from pipeline.tracking import store
 from tests.test_train import REPO, SMALL
 
@@ -96,6 +96,8 @@ def test_the_budget_is_the_same_for_all():
         ("heads=[timm]", r"heads: no head 'timm'; there are .*tim"),
         ("images.glyphs=0", r"images: found .* greater than or equal to 1"),
         ("+images.cifar=5", r"images: found glyphs, cifar; needs glyphs, as data"),
+        ("half.feat=typo", r"half: no learner 'typo' to train; there are .*protonet"),
+        ("heads_on=typo", r"heads_on: no learner 'typo' to train; there are .*protonet"),
         ("workers=none", r"workers: found 'none'"),
         ("+overrides.backbone.widht=8", r"protonet on glyphs: backbone.widht=8: unknown key"),
     ],
@@ -146,6 +148,16 @@ def test_a_survey_goes_on_where_it_was_stopped_and_writes_its_table(monkeypatch,
     assert len(commands) == before, "all is done"
     survey.run(compose_config("survey", [*overrides, "learners=[protonet]", "images.glyphs=4000"]))
     assert commands[before:] == ["pipeline.train learner=protonet", commands[-1]]
+    before = len(commands)
+    without = [*overrides, "learners=[protonet]", "+overrides.learner.scheduler=null"]
+    survey.run(compose_config("survey", without))
+    assert commands[before] == "pipeline.train learner=protonet", "a key less: another training"
+
+
+def test_nothing_starts_from_a_training_that_is_not_done():
+    *_, job = plan(compose_config("survey", small_survey("learners=[feat]")))
+    with pytest.raises(UserError, match=r"'baseline glyphs 3-way half', which it starts from, is"):
+        Shelf("survey").next_command(job)
 
 
 @pytest.mark.slow

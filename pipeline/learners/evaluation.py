@@ -222,7 +222,8 @@ def adaptation_seconds(
     """
     device, was_training = learner.device, learner.training
     sampler = data.sampler(split, n_way, k_shot, n_query)
-    with_queries = isinstance(learner, WithHead) and learner.top.transductive
+    own = learner.top if isinstance(learner, WithHead) else getattr(learner, "task_head", None)
+    with_queries = own is not None and own.transductive
     learner.eval()
     seconds = []
     with torch.inference_mode():
