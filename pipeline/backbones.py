@@ -13,6 +13,13 @@ from pipeline.blocks import Downsample, Halving, Norm, conv_block, make_norm
 from pipeline.errors import UserError
 
 
+def out_dim(backbone: nn.Module) -> int:
+    """Length of the embeddings of a backbone, which every one states."""
+    dim = backbone.out_dim
+    assert isinstance(dim, int), "a backbone states its out_dim as a number"
+    return dim
+
+
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, norm, ReLU and a halving, as in Vinyals et al. 2016.
 

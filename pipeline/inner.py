@@ -49,6 +49,10 @@ class SGD:
         return ahead, {"velocity": velocity}
 
 
+PLAIN_DESCENT = SGD()
+"""What the papers' inner loops do."""
+
+
 @dataclass(frozen=True)
 class Adagrad:
     """Duchi, Hazan, Singer 2011: torch.optim.Adagrad."""

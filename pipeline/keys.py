@@ -50,7 +50,7 @@ ROOT: dict[str, dict[str, Any]] = {
         "overrides": dict[str, Any],
         "workers": PositiveInt | Literal["auto"],
         "experiment_name": Annotated[str, MinLen(1)],
-        "out": Annotated[str, MinLen(1)],
+        "out": str | None,
     },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }

@@ -51,6 +51,8 @@ def write(out: Path, cfg: DictConfig, jobs: Sequence[Job], shelf: Shelf) -> None
     rows = list(_rows(cfg, jobs, results))
     rows.sort(key=lambda row: (_KINDS.index(row["kind"]), row["learner"].replace("`", "")))
     floors = _cells(cfg, [(job.data, shelf.floor(job)) for job in jobs])
+    for row in rows:
+        row |= {k: f"*{row[k]}*" for k, floor in floors.items() if _value(row[k]) < _value(floor)}
     rows.append({"learner": "pixel floor", "method": "nearest class mean on raw pixels",
                  "kind": "", "protocol": "inductive", "parameters": "0", **floors})  # fmt: skip
     frame = pd.DataFrame(rows).fillna("")
@@ -108,6 +110,11 @@ def _cells(cfg: DictConfig, tables: Sequence[tuple[str, pd.DataFrame]]) -> dict[
     return cells
 
 
+def _value(cell: str) -> float:
+    """The accuracy in a cell; nan, which is below nothing, in an empty one."""
+    return float(cell.partition(" ")[0] or "nan")
+
+
 def _introduction(cfg: DictConfig, frame: pd.DataFrame) -> str:
     """What was done, as far as it shows in the table."""
     which = "the learners below" if cfg.learners else "all learners of `conf/learner`"
@@ -129,6 +136,9 @@ Written by `python -m pipeline.survey`, which trains {which} and tests them;
   batches), {budgets}, each learner with the other settings of its YAML,
   and with {changes}. These are minutes on a CPU core and not the papers' days:
   the table compares what learners make of little, and `conf/experiment` has the papers' recipes.
+- *In italics*: below the pixel floor, for want of training: embeddings of so few steps are worse
+  than pixels, and a task of 20 classes uses up the budget in fewer steps still.
+- **Parameters** are those of the first training, with its classifier or head.
 - **Transductive**: a prediction depends on the other queries, through norm layers that use the
   statistics of the batch at hand or through the head. Compare such rows with each other.
 - Data: {sets}."""
@@ -138,9 +148,7 @@ Written by `python -m pipeline.survey`, which trains {which} and tests them;
   head=NAME` does for any embedding learner."""
     if more := list(dict.fromkeys(str(n_way) for n_way, _ in cfg.tests))[1:]:
         again = "- and ".join(more)
-        text += f"""
-- Learners built for one number of classes were trained again for {again}-way. A task then shows
-  that many more images, so that the budget is fewer steps: some are hardly above chance there."""
+        text += f"\n- Learners built for one number of classes were trained again for {again}-way."
     halves = [f"`{k}` spends half of it as `{v}`" for k, v in cfg.half.items()
               if f"`{k}`" in set(frame["learner"])]  # fmt: skip
     if halves:

@@ -48,7 +48,9 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     config.check_root(cfg, "survey")
     jobs = plan(cfg)
-    out = PROJECT / Path(cfg.out).expanduser()
+    logs = store.MLRUNS / "survey"
+    usual = logs if cfg.learners else PROJECT / "docs"
+    out = PROJECT / Path(cfg.out).expanduser() if cfg.out else usual / "learners.md"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()
@@ -58,7 +60,6 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     missing = [job for job in jobs if not shelf.is_done(job)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} trainings are done and tested", flush=True)
     failed: list[str] = []
-    logs = store.MLRUNS / "survey"
     logs.mkdir(parents=True, exist_ok=True)
     with sigterm_interrupts(), (logs / ".lock").open("w") as lock:
         _wait_for(lock)

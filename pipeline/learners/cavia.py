@@ -14,7 +14,7 @@ from pipeline.blocks import ConvBlock
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.functional import Loss, Params
-from pipeline.inner import SGD, Rule, descend
+from pipeline.inner import PLAIN_DESCENT, Rule, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Bound, GradientLearner, below
 
@@ -55,7 +55,7 @@ class Cavia(GradientLearner):
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
         loss: Loss = "cross_entropy",
-        inner_rule: Rule = SGD(),  # noqa: B008  # it cannot change
+        inner_rule: Rule = PLAIN_DESCENT,
     ) -> None:
         super().__init__(
             backbone, n_way, inner_steps, eval_inner_steps, "head", optimizer, scheduler, engine,

@@ -198,7 +198,7 @@ def score_by_steps(
     out = {}
     for k in shown:
         with adapting_in(learner, k):
-            out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]
+            out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]  # of that data
     return out
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveFloat, Probability
+from pipeline.backbones import out_dim
 from pipeline.episode import Episode
 from pipeline.functional import Loss, accuracy, prototypes, squared_distances
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
@@ -42,7 +43,7 @@ class Feat(EmbeddingLearner):
         super().__init__(backbone, optimizer, scheduler, loss)
         self.temperature, self.contrast_temperature = temperature, contrast_temperature
         self.contrast = contrast
-        d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+        d = out_dim(backbone)
         self.attention = nn.MultiheadAttention(
             d, num_heads=1, dropout=ATTENTION_DROPOUT, bias=False, batch_first=True
         )

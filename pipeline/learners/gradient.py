@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.annotations import NonNegativeInt, Ways
+from pipeline.backbones import out_dim
 from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import ChunkSize, Engine, chunks, each_task, resolve
 from pipeline.episode import Classifier, Episode
@@ -103,7 +104,7 @@ class GradientLearner(MetaLearner):
         self.n_way: int = n_way
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
         self.adapted = adapted
-        head = nn.Linear(backbone.out_dim, n_way)  # type: ignore[arg-type]  # backbones have it
+        head = nn.Linear(out_dim(backbone), n_way)
         self.net = nn.Sequential(OrderedDict(body=backbone, head=head))
 
     @abstractmethod

@@ -10,7 +10,7 @@ from pipeline.blocks import BatchStatsNorm
 from pipeline.engine import Engine
 from pipeline.episode import Episode
 from pipeline.functional import Loss, Params, conjugate_gradient, gradient, hessian, score
-from pipeline.inner import SGD, Rule, descend
+from pipeline.inner import PLAIN_DESCENT, Rule, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Gradient, GradientLearner
 
@@ -46,7 +46,7 @@ class Imaml(GradientLearner):
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
         loss: Loss = "cross_entropy",
-        inner_rule: Rule = SGD(),  # noqa: B008  # it cannot change
+        inner_rule: Rule = PLAIN_DESCENT,
     ) -> None:
         super().__init__(
             backbone, n_way, inner_steps, eval_inner_steps, "all", optimizer, scheduler, engine,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pipeline.backbones import out_dim
 from pipeline.episode import Classifier, Episode
 from pipeline.functional import Loss, accuracy, prototypes
 from pipeline.inner import SGD, descend
@@ -74,7 +75,7 @@ class Leo(EmbeddingLearner):
         self.inner_steps, self.finetuning_steps = inner_steps, finetuning_steps
         self.kl_weight, self.encoder_weight = kl_weight, encoder_weight
         self.orthogonality_weight = orthogonality_weight
-        d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+        d = out_dim(backbone)
         both = 2 * latent
         self.encoder = nn.Linear(d, latent, bias=False)
         self.relation = nn.Sequential(

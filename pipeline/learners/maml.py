@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.annotations import NonNegativeInt, PositiveFloat, Ways
 from pipeline.engine import Engine
 from pipeline.functional import Loss, Params
-from pipeline.inner import SGD, Rule, descend
+from pipeline.inner import PLAIN_DESCENT, Rule, descend
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Adapted, GradientLearner
 
@@ -40,7 +40,7 @@ class Maml(GradientLearner):
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
         loss: Loss = "cross_entropy",
-        inner_rule: Rule = SGD(),  # noqa: B008  # it cannot change
+        inner_rule: Rule = PLAIN_DESCENT,
     ) -> None:
         super().__init__(
             backbone, n_way, inner_steps, eval_inner_steps, adapted, optimizer, scheduler, engine,

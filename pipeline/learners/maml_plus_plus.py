@@ -12,7 +12,7 @@ from pipeline.engine import Engine, twin
 from pipeline.episode import Episode
 from pipeline.errors import UserError
 from pipeline.functional import Loss, Params, score
-from pipeline.inner import SGD, Rule, State, inner_step
+from pipeline.inner import PLAIN_DESCENT, Rule, State, inner_step
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.gradient import Adapted, Bound, GradientLearner, below, parameter_dict
 
@@ -58,7 +58,7 @@ class MamlPlusPlus(GradientLearner):
         scheduler: SchedulerFactory | None,
         engine: Engine = "auto",
         loss: Loss = "cross_entropy",
-        inner_rule: Rule = SGD(),  # noqa: B008  # it cannot change
+        inner_rule: Rule = PLAIN_DESCENT,
     ) -> None:
         super().__init__(
             backbone, n_way, inner_steps, eval_inner_steps, adapted, optimizer, scheduler, engine,

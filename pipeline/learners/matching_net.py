@@ -8,6 +8,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt
+from pipeline.backbones import out_dim
 from pipeline.functional import canonical_order
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
 from pipeline.learners.embedding import EmbeddingLearner
@@ -41,7 +42,7 @@ class MatchingNet(EmbeddingLearner):
         self.processing_steps, self.scale = processing_steps, scale
         self.full_context = full_context
         if full_context:
-            d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+            d = out_dim(backbone)
             self.support_lstm = nn.LSTM(d, d, batch_first=True, bidirectional=True)
             self.query_cell = nn.LSTMCell(2 * d, d)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt
+from pipeline.backbones import out_dim
 from pipeline.blocks import Norm, make_norm
 from pipeline.engine import chunks
 from pipeline.functional import Loss
@@ -46,7 +47,7 @@ class RelationNet(EmbeddingLearner):
         super().__init__(backbone, optimizer, scheduler, loss)
         self.class_feature = class_feature
         self.shape: tuple[int, int, int]  # (C, h, w)
-        self.shape = getattr(backbone, "out_shape", None) or (backbone.out_dim, 1, 1)  # type: ignore[assignment]
+        self.shape = getattr(backbone, "out_shape", None) or (out_dim(backbone), 1, 1)
         channels, size, _ = self.shape
         half, quarter = max(1, size // 2), max(1, size // 4)
         bias = norm not in ("batch", "batch_stats")  # which would take it away

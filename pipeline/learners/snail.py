@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.annotations import PositiveInt, ShotsRange, Ways
+from pipeline.backbones import out_dim
 from pipeline.engine import chunks
 from pipeline.functional import Loss, canonical_order
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory
@@ -47,7 +48,7 @@ class Snail(EmbeddingLearner):
     ) -> None:
         super().__init__(backbone, optimizer, scheduler, loss)
         self.n_way = n_way
-        d: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+        d = out_dim(backbone)
         channels = d + n_way
         length = n_way * (shots if isinstance(shots, int) else max(shots)) + 1
         self.blocks = nn.ModuleList()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pipeline.annotations import PositiveFloat, Probability, Ways
+from pipeline.backbones import out_dim
 from pipeline.episode import Classifier, Images
 from pipeline.heads.base import Head
 from pipeline.learners.base import OptimizerFactory, SchedulerFactory, TrainsOn
@@ -67,7 +68,7 @@ class Transfer(EmbeddingLearner):
         scheduler: SchedulerFactory | None,
     ) -> None:
         super().__init__(backbone, optimizer, scheduler)
-        dim: int = backbone.out_dim  # type: ignore[assignment]  # backbones have it
+        dim = out_dim(backbone)
         self.classifier: nn.Module | None = None
         if n_train_classes and classifier == "linear":
             self.classifier = nn.Linear(dim, n_train_classes)
