@@ -134,7 +134,7 @@ def test_a_survey_goes_on_where_it_was_stopped_and_writes_its_table(monkeypatch,
     lines = out.read_text().splitlines()
     (row,) = [line for line in lines if "`maml`" in line and line.startswith("|")]
     assert len(re.findall(r"\d+\.\d ± \d+\.\d", row)) == 2
-    assert row.rstrip(" |").endswith(tuple("0123456789"))
+    assert row.endswith("|  |"), "the last cell waits"
     broken, before = False, len(commands)
     survey.run(compose_config("survey", overrides))
     assert commands[before:] == ["pipeline.train learner=maml"]
