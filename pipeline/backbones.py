@@ -1,6 +1,7 @@
 """Backbones: plain modules from images (m, C, H, W) to embeddings (m, out_dim). Floor 1."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.annotations import PositiveInt, Probability
 from pipeline.blocks import Downsample, Halving, Norm, conv_block, make_norm
 from pipeline.errors import UserError
+from pipeline.pretrained import WEIGHT_FILES, load_file
 
 
 def out_dim(backbone: nn.Module) -> int:
@@ -166,8 +168,8 @@ class TorchvisionBackbone(nn.Module):
 
     Args:
         name: as `torchvision.models.list_models()` spells it.
-        weights: "DEFAULT", another weights name of that model (both downloaded by torchvision) or
-            null for random weights.
+        weights: "DEFAULT", another weights name of that model (both downloaded by torchvision),
+            the path of a .pth or .safetensors file, or null for random weights.
         norm: "batch" keeps the model's batch norms, another value replaces them.
     """
 
@@ -183,8 +185,9 @@ class TorchvisionBackbone(nn.Module):
                 f"backbone={name}: torchvision models take RGB, the data has {in_channels} "
                 "channel(s); set data.image_shape=[3,H,W]"
             )
+        file = Path(weights) if weights and Path(weights).suffix in WEIGHT_FILES else None
         try:
-            self.model = torchvision.models.get_model(name, weights=weights)
+            self.model = torchvision.models.get_model(name, weights=None if file else weights)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"backbone.weights: {weights!r} of {name}: {error}") from error
         for head in ("AuxLogits", "aux1", "aux2"):  # for training a classifier of ImageNet only
@@ -196,6 +199,8 @@ class TorchvisionBackbone(nn.Module):
             raise UserError(f"backbone.name: {name} does not end in a linear classifier")
         self.model.set_submodule(path, nn.Identity())
         self.out_dim = last.in_features if isinstance(last, nn.Linear) else last.in_channels
+        if file:
+            load_file(self.model, file)
         if norm != "batch":
             _replace_batch_norms(self.model, norm)
 
