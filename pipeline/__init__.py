@@ -15,5 +15,6 @@ Floor 1, material: blocks and backbones (networks), heads (classifiers of fixed 
     class splits, episodes, a user's photos).
 Floor 0, words: episode (the shapes of a task), functional (pure maths), inner (inner loops and
     their rules), solvers (linear classifiers in closed form or to convergence), paired (statistics
-    of learners on the same episodes), annotations, errors.
+    of learners on the same episodes), calibration (whether confidences can be believed),
+    annotations, errors.
 """
