@@ -12,8 +12,9 @@ Floor 2, loading: data.loaders, data.datamodule (three class-disjoint splits to 
     data.regression (a family of functions to the same).
 Floor 1, material: blocks and backbones (networks), heads (classifiers of fixed embeddings),
     engine (how the tasks of a meta-batch are run), metrics, figures, plots; data (image pools,
-    class splits, episodes).
+    class splits, episodes, a user's photos).
 Floor 0, words: episode (the shapes of a task), functional (pure maths), inner (inner loops and
     their rules), solvers (linear classifiers in closed form or to convergence), paired (statistics
-    of learners on the same episodes), annotations, errors.
+    of learners on the same episodes), calibration (whether confidences can be believed),
+    annotations, errors.
 """

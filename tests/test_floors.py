@@ -7,7 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = {
-    0: ["episode", "functional", "inner", "solvers", "annotations", "errors", "paired"],
+    0: [
+        "episode",
+        "functional",
+        "inner",
+        "solvers",
+        "annotations",
+        "errors",
+        "paired",
+        "calibration",
+    ],
     1: [
         "blocks",
         "backbones",

@@ -2,24 +2,30 @@
 
 import io
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.data.files import Entry, digest, reader
+from pipeline.data.files import Entry, check_bytes, digest, reader
 from pipeline.data.pool import Allocate, ImagePool, cached_pool
 from pipeline.errors import UserError
 
 # Also what is often found under a wrong suffix, but no format that starts another program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 100_000_000  # of one image
+# Pillow itself would warn above 89 million, and refuse above twice that.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 _CHUNK = 32  # images a thread decodes between two steps of the progress bar
 _TINY = 3000  # bytes; mean size below which threads spend their time waiting for the interpreter
 
@@ -38,6 +44,19 @@ def upright(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def fit(image: Image.Image, channels: int, size: int) -> Image.Image:
+    """What a learner sees of a photo: upright, its shorter side resized, its centre cropped.
+
+    Args:
+        image: just opened; a large JPEG is decoded at a fraction of its size.
+        channels: 1 for grey, 3 for RGB.
+        size: H = W.
+    """
+    image.draft(None, (2 * size, 2 * size))
+    image = upright(image, "L" if channels == 1 else "RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
 def decode_pool(
@@ -106,56 +125,124 @@ def decode_into(
         (m,) int64, the index of the entry in each of the first m rows.
 
     Raises:
-        UserError: naming the first file that is unreadable, truncated or empty.
+        UserError: naming the first file that is unreadable, truncated, empty or too large.
     """
     hint = "" if skip_bad is None else "; data.skip_bad=true skips such files"
-    Image.init()  # registers the formats; threads that open their first image would race in it
-    tiny = sum(entry.size for entry in entries) < _TINY * len(entries)
-    workers = 1 if tiny else os.cpu_count()
-    with reader(entries) as read, ThreadPoolExecutor(workers) as threads:
 
-        def decode(start: int) -> list[tuple[int, str]]:
-            bad: list[tuple[int, str]] = []
-            for i in range(start, min(start + _CHUNK, len(entries))):
-                try:
-                    out[i] = _pixels(read(entries[i]), fit)
-                except Exception as error:  # decoders raise a dozen kinds on damaged files
-                    if not skip_bad:
-                        raise UserError(
-                            f"{entries[i]}: cannot be read as an image ({_reason(error)}){hint}"
-                        ) from error
-                    bad.append((i, f"{entries[i]} ({_reason(error)})"))
-            return bad
+    def refuse(i: int, why: str) -> UserError:
+        return UserError(f"{entries[i]}: cannot be read as an image ({why}){hint}")
 
-        chunks = threads.map(decode, range(0, len(entries), _CHUNK))
-        steps = progress(chunks, f"decoding {name}", -(-len(entries) // _CHUNK))
-        bad = dict(item for chunk in steps for item in chunk)
-    return _close_gaps(out, len(entries), bad, name)
-
-
-def _close_gaps(out: np.ndarray, n: int, bad: Mapping[int, str], name: str) -> np.ndarray:
-    kept = np.array([i for i in range(n) if i not in bad], dtype=np.int64)
+    bad = decode_each(out, entries, fit, name, None if skip_bad else refuse)
+    kept = np.array([i for i in range(len(entries)) if i not in bad], dtype=np.int64)
     if bad:
-        first = next(iter(bad.values()))
-        print(f"warning: {name}: skipped {len(bad)} bad files, first {first}", file=sys.stderr)
+        first, why = next(iter(bad.items()))
+        print(
+            f"warning: {name}: skipped {len(bad)} bad files, first {entries[first]} ({why})",
+            file=sys.stderr,
+        )
         for row, i in enumerate(kept):
             out[row] = out[i]
     return kept
 
 
-def _pixels(data: bytes, fit: Fit) -> np.ndarray:
+def decode_each(
+    out: np.ndarray,
+    entries: Sequence[Entry],
+    fit: Fit,
+    name: str,
+    refuse: Callable[[int, str], Exception] | None,
+) -> dict[int, str]:
+    """Decode each entry into its own row of `out`; else as `decode_into`.
+
+    Args:
+        out: see `decode_into`.
+        entries: see `decode_into`.
+        fit: see `decode_into`.
+        name: see `decode_into`.
+        refuse: from the index of an entry that cannot be read, and the reason, to the exception
+            that stops at it; None leaves such rows as they are.
+
+    Returns:
+        The reason for each row that could not be filled, in the order of the rows.
+    """
+    Image.init()  # registers the formats; threads that open their first image would race in it
+    tiny = sum(entry.size for entry in entries) < _TINY * len(entries)
+    workers = 1 if tiny else os.cpu_count() or 1
+    size = min(_CHUNK, -(-len(entries) // workers)) or 1
+    with reader(entries) as read, ThreadPoolExecutor(workers) as threads:
+
+        def decode(start: int) -> dict[int, str]:
+            bad: dict[int, str] = {}
+            for i in range(start, min(start + size, len(entries))):
+                try:
+                    out[i] = pixels(read(entries[i]), fit)
+                except Exception as error:  # decoders raise a dozen kinds on damaged files
+                    bad[i] = reason(error)
+                    if refuse:
+                        raise refuse(i, bad[i]) from error
+            return bad
+
+        starts = range(0, len(entries), size)
+        steps = progress(threads.map(decode, starts), f"decoding {name}", len(starts))
+        return {i: why for bad in steps for i, why in bad.items()}
+
+
+def pixels(data: bytes, fit: Fit) -> np.ndarray:
+    """Decode one image file: (C, H, W) uint8.
+
+    Raises:
+        Exception: of a dozen kinds if it is damaged, empty, too large or of another format; see
+            `reason`.
+    """
     if not data:
         raise ValueError("the file is empty, 0 bytes")
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        pixels = np.asarray(fit(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, H, W)
+    check_bytes(len(data))
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            check_pixels(*image.size)
+            return planes(fit(image))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        found = re.search(r"\d+", str(error))
+        check_pixels(int(found[0]) if found else MAX_PIXELS + 1, 1)
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(_other_format(data)) from None
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "cannot identify image file" in text:  # Pillow goes on with a memory address
-        return "not a PNG, JPEG, WebP or BMP image"
+def check_pixels(width: int, height: int) -> None:
+    """Refuse an image whose pixels could fill the memory.
+
+    Raises:
+        ValueError: above `MAX_PIXELS`.
+    """
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{width * height:,} pixels, more than the {MAX_PIXELS:,} that are decoded"
+        )
+
+
+def planes(image: Image.Image) -> np.ndarray:
+    """The pixels of an "L" or "RGB" image: (C, H, W) uint8."""
+    found = np.asarray(image)
+    return found[None] if found.ndim == 2 else found.transpose(2, 0, 1)  # (C, H, W)
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be decoded, as a part of a line."""
+    text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _other_format(data: bytes) -> str:
+    """What a file is that is none of `_FORMATS`: phones write HEIC, also under other suffixes."""
+    text = "not a PNG, JPEG, WebP or BMP image"
+    if data[4:8] == b"ftyp":
+        kind = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
+    elif data[:4] in (b"II*\0", b"MM\0*"):
+        kind = "TIFF"
+    else:
+        return text
+    return f"{text} but {kind}; convert it to JPEG"
 
 
 def progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:

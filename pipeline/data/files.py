@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from zipfile import BadZipFile, ZipFile
 from pipeline.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_BYTES = 64 * 2**20  # of one image file
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,26 @@ class Entry:
         """Folder names and file name below `container`."""
         return tuple(part for part in self.member.split("/") if part not in ("", "."))
 
+    @property
+    def suffix(self) -> str:
+        """Of the file, in small letters, with its dot."""
+        return Path(self.member).suffix.lower()
+
     def __str__(self) -> str:
         return f"{self.container}/{self.member}"
 
 
 Read = Callable[[Entry], bytes]
+
+
+def check_bytes(count: int) -> None:
+    """Refuse a file that is larger than an image has a reason to be.
+
+    Raises:
+        ValueError: above `MAX_BYTES`.
+    """
+    if count > MAX_BYTES:
+        raise ValueError(f"{count:,} bytes, more than the {MAX_BYTES:,} (64 MiB) that are read")
 
 
 def scan(root: Path) -> list[Entry]:
@@ -60,11 +77,23 @@ def scan(root: Path) -> list[Entry]:
         return _scan_zip(root)
     try:
         zips = sorted(p for p in root.iterdir() if p.suffix.lower() == ".zip" and p.is_file())
-        loose = sorted(_walk(root, root, frozenset()), key=lambda entry: entry.parts)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
     visible = [path for path in zips if not path.name.startswith(".")]
+    loose = [entry for entry in tree(root) if entry.suffix in SUFFIXES]
     return [entry for path in visible for entry in _scan_zip(path)] + loose
+
+
+def tree(root: Path) -> list[Entry]:
+    """List the visible files of a folder tree, whatever they hold, in the order of their paths.
+
+    Raises:
+        UserError: if a folder cannot be read.
+    """
+    try:
+        return sorted(_walk(root, root, frozenset()), key=lambda entry: entry.parts)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def _walk(folder: Path, root: Path, above: frozenset[str]) -> Iterator[Entry]:
@@ -78,13 +107,13 @@ def _walk(folder: Path, root: Path, above: frozenset[str]) -> Iterator[Entry]:
             path = Path(item.path)
             if item.is_dir():
                 yield from _walk(path, root, above | {real})
-            elif path.suffix.lower() in SUFFIXES:
+            else:
                 try:
-                    stat = item.stat()
+                    found = item.stat()
                 except FileNotFoundError:  # a link to nowhere: unreadable once it is decoded
-                    stat = item.stat(follow_symlinks=False)
+                    found = item.stat(follow_symlinks=False)
                 member = path.relative_to(root).as_posix()
-                yield Entry(member, stat.st_size, stat.st_mtime_ns, root, False)
+                yield Entry(member, found.st_size, found.st_mtime_ns, root, False)
 
 
 def _scan_zip(file: Path) -> list[Entry]:
@@ -112,19 +141,32 @@ def _open_zip(file: Path) -> ZipFile:
 
 @contextmanager
 def reader(entries: Iterable[Entry]) -> Iterator[Read]:
-    """Give a thread-safe function that reads an entry; each zip is opened once."""
+    """Give a thread-safe function that reads an entry; each zip is opened once.
+
+    It raises ValueError for what is no file, or one above `MAX_BYTES`.
+    """
     with ExitStack() as stack:
         zips = {e.container for e in entries if e.zipped}
         archives = {file: stack.enter_context(_open_zip(file)) for file in zips}
         lock = threading.Lock()
 
         def read(entry: Entry) -> bytes:
+            check_bytes(entry.size)
             if not entry.zipped:
-                return (entry.container / entry.member).read_bytes()
+                return _read_file(entry.container / entry.member)
             with lock:
                 return archives[entry.container].read(entry.member)
 
         yield read
+
+
+def _read_file(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)  # it may have grown
+    check_bytes(len(data))
+    return data
 
 
 def digest(entries: Iterable[Entry]) -> str:

@@ -5,14 +5,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Len
-from PIL import Image, ImageOps
 
 from pipeline.annotations import Fraction, PositiveInt
-from pipeline.data.decode import decode_pool, upright
+from pipeline.data.decode import decode_pool, fit
 from pipeline.data.files import SUFFIXES, Entry, scan
 from pipeline.data.pool import SplitPool
 from pipeline.errors import UserError
@@ -77,7 +77,7 @@ class ImageFolder:
             "image_folder",
             [e for e in entries if _class_of(e) in wanted],
             _class_of,
-            self._fit,
+            partial(fit, channels=self.channels, size=self.image_size),
             (self.channels, self.image_size, self.image_size),
             recipe={},
             skip_bad=self.skip_bad,
@@ -96,12 +96,6 @@ class ImageFolder:
         if not folders:
             raise UserError(f"data.root={self.root}: no class folders; {_WANTED}")
         return sorted(folders)
-
-    def _fit(self, image: Image.Image) -> Image.Image:
-        side = self.image_size
-        image.draft(None, (2 * side, 2 * side))  # large JPEG files: decode at a fraction
-        image = upright(image, "L" if self.channels == 1 else "RGB")
-        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
 def _class_of(entry: Entry) -> str:
