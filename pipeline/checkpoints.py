@@ -67,16 +67,34 @@ def bring(source: Path, target: Path) -> None:
         part.replace(target)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path, key: str, what: str) -> dict[str, Any]:
+    """Read a file of tensors and plain containers that this pipeline wrote; executes nothing.
+
+    Args:
+        key: that such files hold.
+        what: they are, for errors.
+
+    Raises:
+        UserError: if there is none, or it is something else.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint: no file {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint: {path} is not a readable checkpoint") from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise UserError(f"checkpoint: {path} was not written by this pipeline")
-    return checkpoint
+        raise UserError(f"{what}: no file {path}") from error
+    except pickle.UnpicklingError as error:  # also what would run code of its own
+        raise UserError(
+            f"{what}: {path} is not a readable {what}: it holds more than tensors and plain "
+            "containers, or is damaged; nothing in it was run"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{what}: {path} is not a readable {what}") from error
+    if not isinstance(found, dict) or key not in found:
+        raise UserError(f"{what}: {path} was not written by this pipeline")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_file(path, KEY, "checkpoint")
 
 
 def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:

@@ -1,0 +1,219 @@
+"""PhotoClassifier: a learner adapted to somebody's photos, to be kept, sent and served. Floor 4."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from pipeline import config, sources
+from pipeline.calibration import conformal_p, fit_temperature, wilson_interval
+from pipeline.checkpoints import read_file
+from pipeline.data.transforms import to_float
+from pipeline.episode import Classifier
+from pipeline.errors import UserError
+from pipeline.learners.base import MetaLearner
+from pipeline.learners.held_out import held_out_logits
+
+KEY = "photo_classifier"
+BATCH = 64  # photos classified at a time
+MIN_FOR_TEMPERATURE = 8  # held-out photos; below, the learner's own scale stays
+
+
+class Estimate(NamedTuple):
+    """Accuracy on support photos that were left out, each classified without itself.
+
+    Attributes:
+        accuracy: in 0..1; nan if no photo could be left out.
+        interval: 95 % (Wilson), in 0..1.
+        photos: how many were left out, of classes with two photos or more.
+        correct: (photos,) which were right.
+        indices: (photos,) which of the support photos they are.
+        predicted: (photos,) what they were taken for.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    photos: int
+    correct: np.ndarray
+    indices: np.ndarray
+    predicted: np.ndarray
+
+
+class Predictions(NamedTuple):
+    """What the classifier says of photos.
+
+    Attributes:
+        probabilities: (n, classes), rows sum to 1.
+        known: (n,) p-values in 0..1 of being one of the classes at all; low: it looks like none.
+        rejected: (n,) bool, whether `known` is at or below the share that may be rejected wrongly.
+    """
+
+    probabilities: np.ndarray
+    known: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) most probable class."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """(n,) probability of that class."""
+        return self.probabilities.max(1)
+
+
+class PhotoClassifier(nn.Module):
+    """From uint8 photos to logits, by `learner.adapt` on the support photos.
+
+    Args:
+        learner: trained; it takes as many classes as there are.
+        cfg: what the learner was built from (a checkpoint's configuration): data and learner.
+        support: (m, C, H, W) uint8 photos.
+        support_y: (m,) classes.
+        class_names: of the classes.
+        provenance: where all that came from; plain values.
+
+    Attributes:
+        temperature: logits are divided by it; fitted to held-out photos by `calibrate`.
+        known_scores: (h,) scores of held-out photos, sorted; see `scores`.
+        reject: share of photos of the classes that may be taken for unknown, in 0..1.
+    """
+
+    support: Tensor
+    support_y: Tensor
+    known_scores: Tensor
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        cfg: DictConfig,
+        support: Tensor,
+        support_y: Tensor,
+        class_names: Sequence[str],
+        provenance: Mapping[str, Any],
+        reject: float = 0.05,
+    ) -> None:
+        super().__init__()
+        try:
+            learner.check_ways(len(class_names))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.learner, self.cfg = learner.eval(), cfg
+        self.class_names, self.provenance = tuple(class_names), dict(provenance)
+        self.register_buffer("support", support)
+        self.register_buffer("support_y", support_y)
+        self.register_buffer("known_scores", torch.zeros(0))
+        self.temperature, self.reject = 1.0, reject
+        self._adapted: Classifier | None = None
+        self.requires_grad_(False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the photos that it takes."""
+        c, h, w = self.support.shape[1:]
+        return c, h, w
+
+    def prepare(self, photos: Tensor) -> Tensor:
+        """uint8 (n, C, H, W) -> what the learner takes."""
+        data = self.cfg.data
+        return to_float(photos, sources.image_shape(data), list(data.mean), list(data.std))
+
+    def adapted(self) -> Classifier:
+        """The learner adapted to all support photos; done once."""
+        if self._adapted is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._adapted = self.learner.adapt(self.prepare(self.support), self.support_y)
+        return self._adapted
+
+    def forward(self, photos: Tensor) -> Tensor:
+        """uint8 (n, C, H, W) -> logits (n, classes), divided by the temperature."""
+        return self.adapted()(self.prepare(photos)) / self.temperature
+
+    def calibrate(self, done: Callable[[int], None] = lambda n: None) -> Estimate:
+        """Classify support photos that were left out; fit temperature and rejection to that.
+
+        Returns:
+            The accuracy to expect; a little low, as each adaptation lacks a photo.
+        """
+        logits, held = held_out_logits(
+            self.learner, self.prepare(self.support), self.support_y, done
+        )
+        y = self.support_y[held]
+        if len(held) >= MIN_FOR_TEMPERATURE:
+            self.temperature = fit_temperature(logits, y)
+        self.known_scores = scores(logits / self.temperature).sort().values.clone()
+        predicted = logits.argmax(1)
+        correct = (predicted == y).cpu().numpy()
+        right, n = int(correct.sum()), len(held)
+        accuracy = right / n if n else float("nan")
+        arrays = (correct, held.cpu().numpy(), predicted.cpu().numpy())
+        return Estimate(accuracy, wilson_interval(right, n), n, *arrays)
+
+    @property
+    def can_reject(self) -> bool:
+        """Whether enough photos were held out for any score to be low enough."""
+        return 1 / (len(self.known_scores) + 1) <= self.reject
+
+    @torch.inference_mode()
+    def predict(
+        self, photos: np.ndarray | Tensor, done: Callable[[int], None] = lambda n: None
+    ) -> Predictions:
+        """Classify uint8 photos (n, C, H, W).
+
+        Args:
+            photos: see `image_shape`. A transductive learner looks at `BATCH` at a time.
+            done: told after each batch how many have been classified.
+        """
+        given, logits = torch.as_tensor(photos), []
+        for i, part in enumerate(given.split(BATCH)):
+            logits.append(self(part.to(self.support.device)).float().cpu())
+            done(min(len(given), (i + 1) * BATCH))
+        if not logits:
+            logits = [torch.zeros(0, len(self.class_names))]
+        together = torch.cat(logits)
+        known = conformal_p(scores(together), self.known_scores)
+        rejected = known <= self.reject if self.can_reject else np.zeros(len(known), dtype=bool)
+        return Predictions(together.softmax(1).numpy(), known, rejected)
+
+    def save(self, path: Path) -> None:
+        """Write one file of tensors and plain containers; `load` reads it."""
+        plain = {
+            "class_names": list(self.class_names),
+            "temperature": self.temperature,
+            "reject": self.reject,
+            "provenance": self.provenance,
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+        }
+        torch.save({KEY: plain, "state_dict": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "PhotoClassifier":
+        """Read what `save` wrote. Nothing in the file is executed.
+
+        Raises:
+            UserError: if it is no such file.
+        """
+        file = read_file(path, KEY, "classifier")
+        plain, state = file[KEY], file["state_dict"]
+        cfg = OmegaConf.create(plain["config"])
+        learner = config.build_learner(cfg, sources.image_shape(cfg.data), pretrained=False)
+        given = (state["support"], state["support_y"], plain["class_names"], plain["provenance"])
+        classifier = cls(learner, cfg, *given, reject=plain["reject"])
+        classifier.known_scores = torch.zeros_like(state["known_scores"])
+        classifier.load_state_dict(state)
+        classifier.temperature = plain["temperature"]
+        return classifier
+
+
+def scores(logits: Tensor) -> Tensor:
+    """How much each row (n, classes) looks like one of the classes at all: its largest logit.
+
+    Hendrycks et al. 2022, https://arxiv.org/abs/1911.11132. Of a prototype learner: how near the
+    nearest class is.
+    """
+    return logits.amax(1)
