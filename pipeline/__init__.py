@@ -5,8 +5,9 @@ Floor 5, commands: train, sweep, evaluate, report, survey, ui; each a `run(cfg)`
 Floor 4, runs: compose, signature, keys, sources, trainer and config (configurations to parts),
     checkpoints, scoreboard (learners on test sets), tables (of the results), seen (what training
     saw, which no test may hold), processes (of one run), trained (a run to use), reporting (what a
-    run leaves behind), tested, leaderboard, sections, pages (from tested runs to a report), plan,
-    overview (of a survey), tracking (MLflow; nothing else imports it).
+    run leaves behind), tested, leaderboard, sections, html, pages (from tested runs to a report),
+    plan, overview (of a survey), contact_sheet (photos with what is said of them), tracking
+    (MLflow; nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.loaders, data.datamodule (three class-disjoint splits to three loaders),
     data.regression (a family of functions to the same).

@@ -3,16 +3,15 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.html import render
 from pipeline.leaderboard import SIGNIFICANT, Ranking
 from pipeline.sections import Report
 
@@ -202,20 +201,15 @@ def _tex(text: object) -> str:
 
 
 def _html(report: Report) -> str:
-    """One page with everything in it: it opens without a network."""
-    environment = Environment(
-        loader=PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return render(
+        "report.html",
+        {"shown": shown, "shown_pairs": shown_pairs, "footnotes": footnotes},
+        report=report,
+        legend=LEGEND,
+        left=_LEFT,
+        picture=_picture,
+        plotly=get_plotlyjs(),
     )
-    environment.filters |= {"shown": shown, "shown_pairs": shown_pairs, "footnotes": footnotes}
-    page = environment.get_template("report.html")
-    return page.render(
-        report=report, legend=LEGEND, left=_LEFT, picture=_picture, plotly=get_plotlyjs(),
-        made=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-    )  # fmt: skip
 
 
 def _picture(figure: Any) -> str:

@@ -232,21 +232,20 @@ def test_files_of_other_suffixes_are_counted(pets: Path) -> None:
     save(pets / "loose.png")
     bad = support(pets).bad
     assert len(bad) == 2
-    assert bad[0].startswith(
-        f"{pets}: 4 files left out for their suffix (2 .heic - convert them to JPEG"
-    )
+    assert bad[0].startswith(f"{pets}: left out for their suffix: 2 .heic - convert them to JPEG")
     assert "1 .txt" in bad[0]
+    assert "1 without one" in bad[0]
     assert bad[1] == f"{pets / 'loose.png'}: in no folder of a class"
 
 
 def test_folders_that_are_no_support(pets: Path, tmp_path: Path) -> None:
     assert "not found; expected one folder a class" in refused(tmp_path / "absent")
     assert "3.PNG: neither a folder nor a CSV" in refused(pets / "cat" / "at home" / "3.PNG")
-    assert "1 images, but no folder of a class" in refused(pets / "dog")
+    assert "no folder of a class in it (images: 1)" in refused(pets / "dog")
     (pets / "eel").mkdir()
     assert "class 'eel' holds no image; expected" in refused(pets)
     (pets / "eel" / "1.heic").write_bytes(b"")
-    assert "class 'eel' holds no image: 1 files left out for their suffix (1 .heic" in refused(pets)
+    assert "class 'eel' holds no image: left out for their suffix: 1 .heic" in refused(pets)
     save(tmp_path / "one" / "cat" / "1.png")
     assert "only one class, 'cat'" in refused(tmp_path / "one")
 

@@ -150,7 +150,7 @@ def _class_folders(source: Path, key: str) -> Listed:
     except OSError as error:
         raise UserError(f"{key}: cannot be read ({error.strerror})") from error
     if not names:
-        raise UserError(f"{key}: {len(found)} images, but no folder of a class; {_WANTED}")
+        raise UserError(f"{key}: no folder of a class in it (images: {len(found)}); {_WANTED}")
     entries = [e for e in found if len(e.parts) > 1]
     labels = [class_name(e.parts[0]) for e in entries]
     for name in sorted(names - set(labels)):
@@ -189,7 +189,7 @@ def _other_suffixes(files: Sequence[Entry]) -> str:
         return ""
     counts = Counter(e.suffix or "without one" for e in files).most_common()
     named = ", ".join(f"{n} {name}{_convert(name)}" for name, n in counts)
-    return f": {len(files)} files left out for their suffix ({named}); {_READ} are read"
+    return f": left out for their suffix: {named}; {_READ} are read"
 
 
 def _convert(suffix: str) -> str:
