@@ -1,22 +1,22 @@
 """PhotoClassifier: a learner adapted to somebody's photos, to be kept, sent and served. Floor 4."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from pipeline import config, sources
+from pipeline import sources
 from pipeline.calibration import conformal_p, fit_temperature, wilson_interval
 from pipeline.checkpoints import read_file
 from pipeline.data.transforms import to_float
 from pipeline.episode import Classifier
 from pipeline.errors import UserError
-from pipeline.learners.base import MetaLearner
 from pipeline.learners.held_out import held_out_logits
+from pipeline.trained import Given, rebuild
 
 KEY = "photo_classifier"
 BATCH = 64  # photos classified at a time
@@ -71,12 +71,11 @@ class PhotoClassifier(nn.Module):
     """From uint8 photos to logits, by `learner.adapt` on the support photos.
 
     Args:
-        learner: trained; it takes as many classes as there are.
-        cfg: what the learner was built from (a checkpoint's configuration): data and learner.
+        given: the learner, what it is built from and where it comes from.
         support: (m, C, H, W) uint8 photos.
         support_y: (m,) classes.
         class_names: of the classes.
-        provenance: where all that came from; plain values.
+        reject: see below.
 
     Attributes:
         temperature: logits are divided by it; fitted to held-out photos by `calibrate`.
@@ -90,21 +89,19 @@ class PhotoClassifier(nn.Module):
 
     def __init__(
         self,
-        learner: MetaLearner,
-        cfg: DictConfig,
+        given: Given,
         support: Tensor,
         support_y: Tensor,
         class_names: Sequence[str],
-        provenance: Mapping[str, Any],
         reject: float = 0.05,
     ) -> None:
         super().__init__()
         try:
-            learner.check_ways(len(class_names))
+            given.learner.check_ways(len(class_names))
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.learner, self.cfg = learner.eval(), cfg
-        self.class_names, self.provenance = tuple(class_names), dict(provenance)
+        self.learner, self.cfg, self.provenance = given
+        self.class_names = tuple(class_names)
         self.register_buffer("support", support)
         self.register_buffer("support_y", support_y)
         self.register_buffer("known_scores", torch.zeros(0))
@@ -201,9 +198,9 @@ class PhotoClassifier(nn.Module):
         file = read_file(path, KEY, "classifier")
         plain, state = file[KEY], file["state_dict"]
         cfg = OmegaConf.create(plain["config"])
-        learner = config.build_learner(cfg, sources.image_shape(cfg.data), pretrained=False)
-        given = (state["support"], state["support_y"], plain["class_names"], plain["provenance"])
-        classifier = cls(learner, cfg, *given, reject=plain["reject"])
+        given = Given(rebuild(cfg), cfg, plain["provenance"])
+        photos = state["support"], state["support_y"]
+        classifier = cls(given, *photos, plain["class_names"], plain["reject"])
         classifier.known_scores = torch.zeros_like(state["known_scores"])
         classifier.load_state_dict(state)
         classifier.temperature = plain["temperature"]

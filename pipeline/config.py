@@ -81,8 +81,9 @@ def check_root(cfg: DictConfig, command: str) -> None:
     for group in sorted(GROUPS[command] & cfg.keys()):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             problems.append(f"{group}: found {', '.join(cfg[group])} alone; name the {group} too")
-    if command == "evaluate" and "head" in cfg:
-        problems += _node_problems(cfg.head, "head")
+    for group in ("backbone", "head"):
+        if isinstance(cfg.get(group), DictConfig):
+            problems += _node_problems(cfg[group], group)
     if problems:
         raise UserError("\n".join(problems))
 

