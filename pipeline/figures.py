@@ -52,15 +52,16 @@ def episode_figure(
     images = np.concatenate([support, query[:, :n_query]], axis=1)  # (n_way, s+q, C, H, W)
     frames = np.full((n_way, k_shot + n_query), SUPPORT)
     frames[:, k_shot:] = np.where(correct[:, :n_query], RIGHT, WRONG)
-    figure = new_figure(0.55 * (k_shot + n_query) + 1.4, 0.55 * n_way + 0.8)
+    figure = new_figure(0.55 * (k_shot + n_query) + 1.4, 0.55 * n_way + 0.95)
     axis = figure.subplots()
     axis.imshow(_mosaic(images, frames), interpolation="nearest")
     tall, wide = (side + 2 * BORDER + 1 for side in images.shape[-2:])
     for row, column in zip(*np.nonzero(~correct[:, :n_query]), strict=True):
         x, y = (k_shot + column + 1) * wide - 3, row * tall + 2
         axis.text(
-            x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold"
-        )
+            x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+        )  # fmt: skip
     axis.set_yticks(
         [(row + 0.5) * tall for row in range(n_way)],
         [f"{short(name)}  {row}" for row, name in enumerate(class_names)],

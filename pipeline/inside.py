@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.run import Run
 
 SHOTS, WAYS = (1, 2, 5, 10, 20), (2, 5, 10, 20)
-HARDEST = 3  # episodes that are drawn
+RANKS = ("hardest", "second hardest", "third hardest")  # of the episodes that are drawn
 Begin = Callable[[str, int], Callable[[int], None]]
 """See `progress.scoring`."""
 
@@ -91,8 +91,9 @@ class Inside:
     def _hardest(self, result: Result) -> None:
         """The test episodes with the lowest accuracy."""
         accuracies = result.scores.by_episode()
-        for place, index in enumerate(np.argsort(accuracies, kind="stable")[:HARDEST], 1):
-            what = f"number {place} of the hardest of {len(accuracies)} episodes"
+        hardest = np.argsort(accuracies, kind="stable")
+        for place, (index, rank) in enumerate(zip(hardest, RANKS, strict=False), 1):
+            what = f"the {rank} of {len(accuracies):,}"
             picture = episode_picture(self.learner, result.test, int(index), _title(result), what)
             self.run.log_figure(picture, f"figures/hardest_{result.test.key}_{place}.png")
 
@@ -109,7 +110,7 @@ class Inside:
         labels = torch.cat([task.support_y, task.query_y])
         arrays = (x.cpu().numpy() for x in (points, shares, labels, predicted))
         shown = Embedded(_class_names(self.data, sampler, 0), *arrays)
-        picture = embedding_figure(shown, f"{_title(result)}: embeddings of test episode 0")
+        picture = embedding_figure(shown, f"{_title(result)}\nembeddings of test episode 0")
         self.run.log_figure(picture, f"figures/embeddings_{result.test.key}.png")
 
     def _inner_steps(self, result: Result, begin: Begin) -> None:
@@ -117,15 +118,16 @@ class Inside:
         if not isinstance(self.learner, GradientLearner):
             return
         test, steps = result.test, shown_steps(self.learner)
-        done, curves = begin(f"inner steps {test.key}", self.episodes), []
-        for index in range(self.episodes):
+        episodes = max(1, self.episodes // 2)  # each is adapted to many times
+        done, curves = begin(f"inner steps {test.key}", episodes), []
+        for index in range(episodes):
             task = self.data.task(_sampler(test), index, self.learner.device)
             curves.append(self.learner.inner_curve(task.each(lambda x: x.unsqueeze(0)), steps))
             done(index + 1)
         loss, accuracy = np.mean(curves, axis=0)  # (steps,) each
         table = {"inner_steps": steps, "support_loss": loss, "query_accuracy": accuracy}
         self.run.log_csv(pd.DataFrame(table), f"inside/inner_steps_{test.key}.csv")
-        label = f"{_title(result)}, mean of {self.episodes} test episodes"
+        label = f"{_title(result)}, mean of {episodes} test episodes"
         curve = InnerCurve(loss.tolist(), accuracy.tolist())
         picture = inner_loop_figure({label: curve}, steps)
         self.run.log_figure(picture, f"figures/inner_steps_{test.key}.png")
@@ -152,8 +154,9 @@ class Inside:
             return
         name = first.test.family
         self.run.log_csv(pd.DataFrame(points), f"inside/shots_ways_{name}.csv")
-        title = f"{first.learner} on {first.test.name}, {first.protocol}, {self.episodes} episodes"
-        picture = shape_figure(points, n_way, k_shots, title + " a point, 95 % bands")
+        title = f"{first.learner} on {first.test.name}, {first.protocol}"
+        title += f"\n{self.episodes} episodes a point, 95 % bands"
+        picture = shape_figure(points, n_way, k_shots, title)
         self.run.log_figure(picture, f"figures/shots_ways_{name}.png")
 
     def _reliability(self, result: Result, validation: Scorer, begin: Begin) -> None:
@@ -173,7 +176,7 @@ class Inside:
         )
         numbers = {"ece": before.ece(), "ece_scaled": after.ece(), "temperature": temperature}
         self.run.log_metrics({f"test/{test.key}/{k}": v for k, v in numbers.items()}, self.step)
-        title = f"{_title(result)}, {len(y):,} queries; temperature from validation episodes"
+        title = f"{_title(result)}\n{len(y):,} queries; temperature from validation episodes"
         picture = reliability_figure(before, after, temperature, title)
         self.run.log_figure(picture, f"figures/reliability_{test.key}.png")
 
@@ -217,7 +220,7 @@ def episode_picture(
     predicted = logits.argmax(1).cpu()
     right = 100 * float((predicted == episode.query_y).float().mean())
     names = _class_names(data, sampler, index)
-    caption = f"{title}, episode {index}{', ' * bool(what)}{what}: {right:.0f} % right"
+    caption = f"{title}\nepisode {index}{', ' * bool(what)}{what}: {right:.0f} % right"
     return prediction_figure(episode, predicted, names, caption)
 
 

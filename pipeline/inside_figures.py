@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pipeline.calibration import Reliability
 from pipeline.figures import SUPPORT, WRONG, new_figure, short
 
+PALE = "#a9bddb"
 NAMED = 20  # classes that a legend has room for
 
 
@@ -46,18 +47,17 @@ def embedding_figure(task: Embedded, title: str) -> Figure:
     support = len(task.labels) - len(task.predicted)
     wrong = task.predicted != task.labels[support:]
     colours = _colours(len(task.class_names))
-    figure = new_figure(6.4, 4.6)
+    figure = new_figure(7.2, 4.4)
     axis = figure.subplots()
     given, asked = task.points[:support], task.points[support:]
     of_given, of_asked = colours[task.labels[:support]], colours[task.labels[support:]]
     for points, hues, marker, style in (
         (asked[~wrong], of_asked[~wrong], "o", {"s": 22, "alpha": 0.8, "linewidths": 0}),
+        (given, of_given, "*", {"s": 170, "edgecolors": "black", "linewidths": 0.8}),
         (asked[wrong], of_asked[wrong], "x", {"s": 34, "linewidths": 1.6}),
-        (given, of_given, "*", {"s": 190, "edgecolors": "black", "linewidths": 0.8}),
     ):
         axis.scatter(points[:, 0], points[:, 1], c=hues, marker=marker, **style)
-    for side, share in zip("xy", task.shares, strict=True):
-        number = "first" if side == "x" else "second"
+    for side, share, number in zip("xy", task.shares, ("first", "second"), strict=True):
         label = f"{number} principal component, {100 * share:.0f} % of the variance"
         axis.set(**{f"{side}label": label, f"{side}ticks": []})
     axis.set_aspect("equal", adjustable="datalim")
@@ -68,9 +68,9 @@ def embedding_figure(task: Embedded, title: str) -> Figure:
     _key(axis, "x", "query, taken for another class", markersize=6, color="0.3")
     if len(task.class_names) <= NAMED:
         for colour, name in zip(colours, task.class_names, strict=True):
-            _key(axis, "s", short(name, 24), markersize=6, color=colour)
+            _key(axis, "s", short(name, 30), markersize=6, color=colour)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -95,7 +95,7 @@ def shape_figure(points: Iterable[Point], n_way: int, k_shots: Sequence[int], ti
     """
     points = sorted(points)
     panels = [k for k in k_shots if len({p.n_way for p in points if p.k_shot == k}) > 1]
-    figure = new_figure(7.2 if panels else 4.2, 3.2)
+    figure = new_figure(7.2 if panels else 4.6, 3.3)
     axes = figure.subplots(1, 1 + bool(panels), sharey=True, squeeze=False)[0]
     line = [p for p in points if p.n_way == n_way]
     _line(axes[0], [p.k_shot for p in line], line, f"{n_way}-way", SUPPORT)
@@ -156,11 +156,11 @@ def reliability_figure(
         left, full = np.arange(bins) / bins, found.counts > 0
         upper, lower = column
         style = {"width": 1 / bins, "align": "edge", "edgecolor": "white", "linewidth": 0.6}
-        upper.bar(left[full], found.accuracies[full], color=SUPPORT, label="accuracy", **style)
+        upper.bar(left[full], found.accuracies[full], color=PALE, label="accuracy", **style)
         gap = found.confidences[full] - found.accuracies[full]
         upper.bar(
-            left[full], gap, bottom=found.accuracies[full], color=WRONG, alpha=0.35,
-            label="gap to the mean confidence", **style,
+            left[full], gap, bottom=found.accuracies[full], label="gap to the mean confidence",
+            **style | {"facecolor": "none", "edgecolor": WRONG, "hatch": "/////"},
         )  # fmt: skip
         upper.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle="--", label="calibrated")
         upper.set_title(f"{name}: ECE {100 * found.ece():.1f} %", fontsize=9)
