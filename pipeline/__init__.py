@@ -1,13 +1,15 @@
 """Meta-learning, tracked: a map of the floors. Imports point down only.
 
-Floor 5, commands: train, sweep, evaluate, report, survey, ui; each a `run(cfg)` behind cli; study
-    (what a sweep is made of; nothing else imports optuna).
+Floor 5, commands: train, sweep, evaluate, report, survey, demo, ui; each a `run(cfg)` behind cli;
+    study (what a sweep is made of; nothing else imports optuna), demo_page (that of demo; nothing
+    else imports gradio).
 Floor 4, runs: compose, signature, keys, sources, trainer and config (configurations to parts),
     checkpoints, scoreboard (learners on test sets), tables (of the results), seen (what training
     saw, which no test may hold), processes (of one run), trained (a run to use), reporting (what a
     run leaves behind), inside (pictures of what a tested learner does), tested, leaderboard,
-    sections, html, pages (from tested runs to a report), plan, overview (of a survey), contact_sheet
-    (photos with what is said of them), tracking (MLflow; nothing else imports it).
+    sections, html, pages (from tested runs to a report), plan, overview (of a survey),
+    contact_sheet (photos with what is said of them), trial (what the page of demo does with
+    photos), tracking (MLflow; nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.loaders, data.datamodule (three class-disjoint splits to three loaders),
     data.regression (a family of functions to the same).

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "score a trained run on the fixed test episodes, or on other data",
     "report": "compare tested runs: leaderboard, paired differences, plots, one HTML page",
     "survey": "train and test every learner with one budget: the table of docs/learners.md",
+    "demo": "a page in the browser to try a learner on your own photos",
     "ui": "open the MLflow UI on the tracked runs",
 }
 

@@ -59,7 +59,7 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    names = ["train", "sweep", "evaluate", "report", "survey", "ui"]
+    names = ["train", "sweep", "evaluate", "report", "survey", "demo", "ui"]
     assert commands == [f"pipeline.{name}" for name in names]
     for command in commands:
         seconds = []

@@ -53,11 +53,24 @@ FLOORS = {
         "html",
         "pages",
         "contact_sheet",
+        "trial",
         "plan",
         "overview",
         "tracking.*",
     ],
-    5: ["train", "sweep", "study.*", "evaluate", "report", "survey", "ui", "cli", "__main__"],
+    5: [
+        "train",
+        "sweep",
+        "study.*",
+        "evaluate",
+        "report",
+        "survey",
+        "demo",
+        "demo_page",
+        "ui",
+        "cli",
+        "__main__",
+    ],
 }
 ALLOWED = {  # library -> the floors or modules that may import it
     "mlflow": {"tracking"},
@@ -68,8 +81,9 @@ ALLOWED = {  # library -> the floors or modules that may import it
     "matplotlib": {"figures", "inside_figures"},
     "plotly": {"plots", "pages"},
     "scipy": {"paired"},
+    "gradio": {"demo", "demo_page"},
 }
-LIGHT = ["train", "sweep", "evaluate", "report", "survey", "ui", "cli", "compose", "processes", "__main__",
+LIGHT = ["train", "sweep", "evaluate", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
          "__init__"]  # fmt: skip
 
 
