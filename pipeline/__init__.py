@@ -8,8 +8,8 @@ Floor 4, runs: compose, signature, keys, sources, trainer and config (configurat
     saw, which no test may hold), processes (of one run), trained (a run to use), reporting (what a
     run leaves behind), inside (pictures of what a tested learner does), tested, leaderboard,
     sections, html, pages (from tested runs to a report), plan, overview (of a survey),
-    contact_sheet (photos with what is said of them), trial (what the page of demo does with
-    photos), tracking (MLflow; nothing else imports it).
+    contact_sheet (photos with what is said of them), trial and uploads (what the page of demo
+    does), tracking (MLflow; nothing else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.loaders, data.datamodule (three class-disjoint splits to three loaders),
     data.regression (a family of functions to the same).

@@ -1,7 +1,5 @@
 """The page of `pipeline.demo`, made with Gradio: what stands on it and what it does. Floor 5."""
 
-import os
-import time
 from collections.abc import Callable
 from functools import wraps
 from html import escape
@@ -12,7 +10,7 @@ import gradio as gr
 import numpy as np
 from omegaconf import DictConfig
 
-from pipeline import sources, trial
+from pipeline import sources, trial, uploads
 from pipeline.errors import UserError
 from pipeline.trained import Given
 from pipeline.trial import Learned
@@ -35,19 +33,20 @@ Photos = list[np.ndarray]
 
 
 class Row(NamedTuple):
-    """A class on the page: its row, its name, where to drop photos, these, and how they look."""
+    """A class on the page: its row, its name, where to drop photos, these, how they look."""
 
     box: gr.Row
     name: gr.Textbox
     drop: gr.File
     photos: gr.State
     strip: gr.HTML
+    clear: gr.Button
 
 
 def build(given: Given, cfg: DictConfig, folder: Path) -> gr.Blocks:
     """Rows of classes, what was learned of them, photos to be classified.
 
-    What a visitor gives is kept in the state of the session, decoded; see `trial.read_uploads`.
+    What a visitor gives is kept in the state of the session, decoded; see `uploads.read_uploads`.
 
     Args:
         given: the learner.
@@ -75,6 +74,8 @@ def build(given: Given, cfg: DictConfig, folder: Path) -> gr.Blocks:
         for row in rows:
             one = [row.drop, row.photos]
             on(row.drop.upload, do.add, one, [*one, row.strip, *stale])
+            cleared = [row.name, row.photos, row.strip, *stale]
+            on(row.clear.click, lambda: ("", [], "", None, "", ""), None, cleared)
             on(row.name.input, lambda: (None, "", ""), None, stale, show_progress="hidden")
         on(more.click, do.show, count, [count, more, *(row.box for row in rows)])
         on(again.click, None, js="() => location.reload()")
@@ -120,10 +121,12 @@ def _drop(label: str) -> gr.File:
 
 def _row(i: int, visible: bool) -> Row:
     with gr.Row(visible=visible, elem_classes="t-class") as box:
-        name = gr.Textbox(label=f"Class {i + 1}", max_length=60, min_width=180, max_lines=1)
+        with gr.Column(min_width=180):
+            name = gr.Textbox(label=f"Class {i + 1}", max_length=60, max_lines=1)
+            clear = gr.Button("Clear", size="sm")
         with gr.Column(scale=2, min_width=240):
             drop, strip = _drop(f"Photos of class {i + 1}"), gr.HTML()
-    return Row(box, name, drop, gr.State([]), strip)
+    return Row(box, name, drop, gr.State([]), strip, clear)
 
 
 class _Handlers:
@@ -134,13 +137,13 @@ class _Handlers:
         self.shape = sources.image_shape(given.cfg.data)
 
     def sweep(self) -> None:
-        sweep(self.folder, STALE)
+        uploads.sweep(self.folder, STALE)
 
     def read(self, paths: list[str] | None, room: int) -> Photos:
-        images, lines = trial.read_uploads(paths or [], self.shape, room)
+        images, lines = uploads.read_uploads(paths or [], self.shape, room)
         self.sweep()
         if lines:
-            gr.Warning(escape(first(lines)), duration=30, title="Left out")
+            gr.Warning(escape(uploads.first(lines)), duration=30, title="Left out")
         return images
 
     def add(self, paths: list[str] | None, have: Photos) -> tuple[Any, ...]:
@@ -181,30 +184,3 @@ class _Handlers:
             mine, name = (list(photos[i]), names[i]) if i < len(names) else ([], "")
             updates += [gr.Row(visible=bool(mine)), name, mine, trial.photos_html(mine)]
         return updates
-
-
-def first(lines: list[str], many: int = 3) -> str:
-    """The first of many lines, as one."""
-    more = f"; and {len(lines) - many} more" if len(lines) > many else ""
-    return "; ".join(lines[:many]) + more
-
-
-def sweep(folder: Path, age: float) -> None:
-    """Remove what has lain in a folder for `age` seconds: uploads that nothing asked for.
-
-    Gradio also leaves an empty file there for each photo that it hands on.
-    """
-    before = time.time() - age
-    for path, _, files in os.walk(folder, topdown=False):
-        for file in (Path(path) / name for name in files):
-            if _written(file) < before:
-                file.unlink(missing_ok=True)
-        if Path(path) != folder and not os.listdir(path) and _written(Path(path)) < before:
-            Path(path).rmdir()
-
-
-def _written(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another session was faster
-        return float("inf")

@@ -1,7 +1,6 @@
 """What the page to try a learner does with photos, and the HTML that it shows. Floor 4."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from pipeline import sources
 from pipeline.classifier import MIN_FOR_TEMPERATURE, Estimate, PhotoClassifier
 from pipeline.contact_sheet import percent, thumbnail
 from pipeline.data.digits import Digits
-from pipeline.data.photos import decode_bytes, from_array
+from pipeline.data.photos import from_array
 from pipeline.errors import UserError
 from pipeline.html import render
 from pipeline.learners.features import embeddings
@@ -89,35 +88,6 @@ def about(given: Given) -> str:
     ways = given.learner.n_way
     exactly = f" It takes exactly {ways} classes." if ways else ""
     return f"Learner: {named}, {source}. It is *{of['protocol']}*: {judged}.{exactly}"
-
-
-def read_uploads(
-    paths: Sequence[str], shape: tuple[int, int, int], room: int
-) -> tuple[list[np.ndarray], list[str]]:
-    """Decode uploaded files and delete them, also those that are left out.
-
-    Args:
-        paths: of the files.
-        shape: (C, S, S) of the images wanted.
-        room: how many are taken.
-
-    Returns:
-        uint8 images and a line for each file that was left out.
-    """
-    channels, side, _ = shape
-    images: list[np.ndarray] = []
-    lines = []
-    for path in map(Path, paths):
-        try:
-            if len(images) < room:
-                images.append(decode_bytes(path.read_bytes(), channels, side))
-        except (UserError, OSError) as error:
-            lines.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
-        finally:
-            path.unlink(missing_ok=True)
-    if (over := len(paths) - len(lines) - len(images)) > 0:
-        lines.append(f"{over} of {len(paths)} photos left out: there is room for {room} more")
-    return images, lines
 
 
 def learn(

@@ -54,6 +54,7 @@ FLOORS = {
         "pages",
         "contact_sheet",
         "trial",
+        "uploads",
         "plan",
         "overview",
         "tracking.*",
