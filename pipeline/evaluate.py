@@ -84,7 +84,15 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     network = config.backbone_label(trained)
     with existing_run(cfg.run) if cfg.run else nullcontext(NoRun()) as tracked:
         return reporting.test_and_report(
-            tracked, learner, sets, network, trained.published, step, main=None, csv=csv
+            tracked,
+            learner,
+            sets,
+            network,
+            trained.published,
+            step,
+            main=None,
+            csv=csv,
+            inside=cfg.inside_episodes if cfg.inside and cfg.run else 0,
         )
 
 

@@ -18,14 +18,15 @@ mpl.rcParams["font.size"] = 8
 mpl.rcParams["text.parse_math"] = False  # class names may hold dollars
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that no window system and no global state knows of."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _short(name: str, most: int = 34) -> str:
+def short(name: str, most: int = 34) -> str:
+    """The end of a long name."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
@@ -51,18 +52,19 @@ def episode_figure(
     images = np.concatenate([support, query[:, :n_query]], axis=1)  # (n_way, s+q, C, H, W)
     frames = np.full((n_way, k_shot + n_query), SUPPORT)
     frames[:, k_shot:] = np.where(correct[:, :n_query], RIGHT, WRONG)
-    figure = _figure(0.55 * (k_shot + n_query) + 1.4, 0.55 * n_way + 0.8)
+    figure = new_figure(0.55 * (k_shot + n_query) + 1.4, 0.55 * n_way + 0.95)
     axis = figure.subplots()
     axis.imshow(_mosaic(images, frames), interpolation="nearest")
     tall, wide = (side + 2 * BORDER + 1 for side in images.shape[-2:])
     for row, column in zip(*np.nonzero(~correct[:, :n_query]), strict=True):
         x, y = (k_shot + column + 1) * wide - 3, row * tall + 2
         axis.text(
-            x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold"
-        )
+            x, y, str(predicted[row, column]), ha="right", va="top", color=WRONG, weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+        )  # fmt: skip
     axis.set_yticks(
         [(row + 0.5) * tall for row in range(n_way)],
-        [f"{_short(name)}  {row}" for row, name in enumerate(class_names)],
+        [f"{short(name)}  {row}" for row, name in enumerate(class_names)],
     )
     axis.set_xticks(
         [k_shot / 2 * wide, (k_shot + n_query / 2) * wide],
@@ -118,9 +120,9 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
     ranked = sorted(accuracy.items(), key=lambda item: item[1])
     cut = len(ranked) > most
     shown = [*ranked[: most // 2], *ranked[-most // 2 :]] if cut else ranked
-    figure = _figure(7, 0.17 * len(shown) + 1.2)
+    figure = new_figure(7, 0.17 * len(shown) + 1.2)
     axis = figure.subplots()
-    names = [_short(name) for name, _ in shown]
+    names = [short(name) for name, _ in shown]
     values = [100 * value for _, value in shown]
     mean = 100 * float(np.mean(list(accuracy.values())))
     axis.barh(range(len(shown)), values, color=[RIGHT if v >= mean else WRONG for v in values])
@@ -136,17 +138,22 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
     return figure
 
 
-def inner_loop_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+def inner_loop_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    steps: Sequence[int] | None = None,
+) -> Figure:
     """Support loss and query accuracy against inner steps.
 
     Args:
-        curves: by label; losses, and accuracies in 0..1, after 0, 1, ... steps.
+        curves: by label; losses, and accuracies in 0..1, after each number of steps.
+        steps: these numbers; None for 0, 1, ...
     """
-    figure = _figure(7, 2.6)
+    figure = new_figure(7, 2.6)
     left, right = figure.subplots(1, 2)
     for label, (losses, accuracies) in curves.items():
-        left.plot(losses, marker="o", markersize=3, label=label)
-        right.plot([100 * a for a in accuracies], marker="o", markersize=3)
+        x = range(len(losses)) if steps is None else steps
+        left.plot(x, losses, marker="o", markersize=3, label=label)
+        right.plot(x, [100 * a for a in accuracies], marker="o", markersize=3)
     left.set(title="loss on the support images", xlabel="inner steps", yscale="log")
     right.set(title="accuracy on the queries, %", xlabel="inner steps", ylim=(0, 100))
     left.yaxis.set_major_formatter("{x:g}")  # a power of ten would be mathematics, which is off
@@ -180,7 +187,7 @@ def curves_figure(x: np.ndarray, curves: Sequence[Curves], title: str) -> Figure
     """
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = _figure(3.1 * columns, 2.2 * rows + 0.7)
+    figure = new_figure(3.1 * columns, 2.2 * rows + 0.7)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     labels = list(curves[0].predicted)
     shades = mpl.colormaps["plasma"](np.linspace(0.78, 0.12, len(labels)))  # dark: adapted most

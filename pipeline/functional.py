@@ -44,6 +44,26 @@ def prototypes(support_z: Tensor, support_y: Tensor, n_way: int) -> Tensor:
     return (member.T @ support_z) / member.sum(0).unsqueeze(1)
 
 
+def principal_components(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k directions in which points vary most (Pearson 1901).
+
+    Args:
+        z: (m, d).
+
+    Returns:
+        Coordinates (m, k) along them, each direction turned so that its largest coordinate in
+        absolute value is positive, and the shares (k,) of the variance, of which the rest is lost.
+        Both are 0 for directions that there are not.
+    """
+    centred = z.double() - z.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    points = F.pad(u * s, (0, max(0, k - len(s))))[:, :k]
+    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
+    variance = F.pad(s.square(), (0, max(0, k - len(s))))
+    total = variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)
+    return (points * torch.where(largest < 0, -1, 1)).to(z.dtype), variance[:k] / total
+
+
 def canonical_order(support_z: Tensor, support_y: Tensor) -> Tensor:
     """An order of the support set that does not depend on the one it came in.
 

@@ -27,6 +27,8 @@ ROOT: dict[str, dict[str, Any]] = {
         "n_query": PositiveInt | None,
         "episodes": PositiveInt | None,
         "also_test": list[str | dict[str, Any]] | None,
+        "inside": bool,
+        "inside_episodes": Annotated[int, Ge(2)],
     },
     "adapt": {
         "support": str,

@@ -240,7 +240,7 @@ class Shelf:
         shots = [k for other, n, k in untested if (other, n) == (label, n_way)]
         head = [f"head={job.heads[label]}"] if label else []
         shape = [f"n_way={n_way}", f"k_shot={shots}".replace(" ", "")]
-        return ["pipeline.evaluate", f"run={run}", *shape, *head]
+        return ["pipeline.evaluate", f"run={run}", *shape, *head, "inside=false"]
 
     def _untested(self, job: Job) -> list[tuple[str, int, int]]:
         """Head (empty for the learner's own), n_way and k_shot of every test that is not made."""

@@ -2,13 +2,16 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import Progress
 
 from pipeline.episode import Batch, Images
 
@@ -153,6 +156,28 @@ class Slow:
         if time.monotonic() > self._next and not sys.stderr.isatty():
             print(f"{self.what}  {done}/{self.total} episodes", flush=True)
             self._next = time.monotonic() + 30
+
+
+@contextmanager
+def scoring() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Shows how far scoring is: bars on a terminal, else lines.
+
+    Yields:
+        Begins one of them, by what is scored and on how many episodes; answers with what is to be
+        told how many are done.
+    """
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+
+        def begin(what: str, total: int) -> Callable[[int], None]:
+            bar, line = bars.add_task(what, total=total), Slow(what, total)
+
+            def done(n: int) -> None:
+                bars.update(bar, completed=n)
+                line(n)
+
+            return done
+
+        yield begin
 
 
 def progress_callbacks() -> list[Callback]:

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from pipeline.data.datamodule import EpisodicDataModule
-from pipeline.data.episodes import EpisodeDataset
 from pipeline.data.functions import FunctionEpisodes
 from pipeline.data.loaders import EpisodeLoaders
-from pipeline.figures import Curves, class_accuracy_figure, curves_figure, prediction_figure
+from pipeline.figures import Curves, class_accuracy_figure, curves_figure
+from pipeline.inside import episode_picture, look_inside
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.evaluation import Scores, adapting_in, score_by_steps
 from pipeline.learners.gradient import GradientLearner
-from pipeline.scoreboard import INNER_STEPS, FixedEpisodes, Result, is_own, score_all
+from pipeline.scoreboard import INNER_STEPS, FixedEpisodes, Result, Scorers, is_own, score_all
 from pipeline.tables import by_episode, metrics, print_frame, to_frame
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def test_and_report(
     step: int,
     main: FixedEpisodes | None,
     csv: str,
+    inside: int,
 ) -> dict[str, Any]:
     """Test once, print the table, and leave table, metrics and pictures with the run.
 
@@ -55,12 +56,14 @@ def test_and_report(
         step: the training step that the weights are of.
         main: the set whose numbers are also those of the run, `test/acc`; None if it has them.
         csv: artifact path of the table; its rows are added to the run's results.json too.
+        inside: episodes for each point of the pictures of `look_inside`; 0 draws none of them.
 
     Returns:
         `run_id` and the metrics, accuracies in 0..1.
     """
     learner.eval()
-    results = score_all(learner, sets, backbone)
+    scorers: Scorers | None = {} if inside else None
+    results = score_all(learner, sets, backbone, scorers)
     frame = to_frame(results, published)
     numbers = metrics(results, main, learner)
     run.log_metrics(numbers, step)
@@ -71,9 +74,11 @@ def test_and_report(
         _log_steps(run, learner, main)
     seen = "accuracy on classes" if "accuracy" in frame else "mean squared error on functions"
     print_frame(frame, f"{learner.label}: {seen} never seen (95 % interval)")
-    for result in results:
-        if is_own(result, learner):
-            _log_figures(run, learner, result)
+    own = [result for result in results if is_own(result, learner)]
+    for result in own:
+        _log_figures(run, learner, result)
+    if scorers:
+        look_inside(run, learner, own, scorers, step, inside)
     print(run.where())
     return {"run_id": run.run_id, **numbers}
 
@@ -94,24 +99,8 @@ def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:
     names = test.data.pool.class_names
     by_class = {names[c]: value for c, value in scores.by_class().items()}
     run.log_figure(class_accuracy_figure(by_class, title), f"figures/classes_{test.key}.png")
-    picture = _first_episode(learner, test, test.data, title)
+    picture = episode_picture(learner, test, 0, title)
     run.log_figure(picture, f"figures/episode_{test.key}.png")
-
-
-def _first_episode(
-    learner: MetaLearner, test: FixedEpisodes, data: EpisodicDataModule, title: str
-) -> Any:
-    """A picture of test episode 0 with the predictions of the learner."""
-    sampler = data.sampler("test", test.n_way, test.k_shot, test.n_query)
-    episode = EpisodeDataset(data.pool, sampler)[0]
-    with torch.inference_mode():
-        task = data.task(sampler, 0, learner.device)
-        logits = learner.adapt(task.support_x, task.support_y)(task.query_x)
-    predicted = logits.argmax(1).cpu()
-    right = 100 * float((predicted == episode.query_y).float().mean())
-    names = [data.pool.class_names[c] for c in sampler.sample([0]).classes[0]]
-    caption = f"{title}, episode 0: {right:.0f} % right"
-    return prediction_figure(episode, predicted, names, caption)
 
 
 def _shown_steps(steps: int | None) -> str:

@@ -1,14 +1,11 @@
 """Test sets, and learners scored on them. Floor 4."""
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from pipeline import config
 from pipeline.annotations import Measure
@@ -29,7 +26,7 @@ from pipeline.learners.gradient import GradientLearner
 from pipeline.learners.nearest_point import NearestPoint
 from pipeline.learners.pixel_centroid import PixelCentroid
 from pipeline.learners.regression import Errors, FunctionScorer
-from pipeline.progress import Slow
+from pipeline.progress import scoring
 from pipeline.sources import episodic_keys, with_source
 
 INNER_STEPS = (1, 5, 10)
@@ -61,10 +58,18 @@ class FixedEpisodes(NamedTuple):
 
         Under a head digits_5w1s_TIM.
         """
-        name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
         ways = f"{self.n_way}w" if self.data.measure == "acc" else ""
+        return self._named(f"{ways}{self.k_shot}s")
+
+    @property
+    def family(self) -> str:
+        """The same of all shapes of a task: digits, digits_TIM."""
+        return self._named()
+
+    def _named(self, *shape: str) -> str:
+        name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
         head = re.sub(r"[^\w.\-]+", "_", self.scored_by).strip("_")
-        return f"{name}_{ways}{self.k_shot}s" + (f"_{head}" if head else "")
+        return "_".join([name, *shape, *[head] * bool(head)])
 
     @property
     def task(self) -> str:
@@ -184,28 +189,35 @@ def floor_of(data: EpisodeLoaders) -> type[PixelCentroid] | type[NearestPoint]:
     return PixelCentroid if data.measure == "acc" else NearestPoint
 
 
+Scorers = dict[tuple[str, str], Scorer | FunctionScorer]
+"""By test set and learner; they hold embeddings of its images."""
+
+
 def score_all(
-    learner: MetaLearner, sets: Iterable[FixedEpisodes], backbone: str = ""
+    learner: MetaLearner,
+    sets: Iterable[FixedEpisodes],
+    backbone: str = "",
+    kept: Scorers | None = None,
 ) -> list[Result]:
-    """Score the learner and the floor on every set; tells how far it is."""
+    """Score the learner and the floor on every set; tells how far it is.
+
+    Args:
+        kept: is given the scorers, for a caller that goes on with them.
+    """
     results = []
-    scorers: dict[str, Scorer | FunctionScorer] = {}
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    scorers: Scorers = {} if kept is None else kept
+    with scoring() as begin:
         for test in sets:
-            scorers = {k: v for k, v in scorers.items() if v.data is test.data}  # embeddings go
+            if kept is None:
+                scorers = {k: v for k, v in scorers.items() if v.data is test.data}  # these go
             floor = floor_of(test.data)
             learners = [learner] if isinstance(learner, floor) else [learner, floor()]
             for each, steps in [(one, k) for one in learners for k in _steps(one, test)]:
                 each.to(learner.device)
-                what = f"test {test.key} {each.label}"
-                task = bar.add_task(what, total=test.episodes)
-                line = Slow(what, test.episodes)
-                scorer = scorers.setdefault(each.label, make_scorer(each, test.data, "test"))
-
-                def done(n: int, task: TaskID = task, line: Slow = line) -> None:
-                    bar.update(task, completed=n)
-                    line(n)
-
+                done = begin(f"test {test.key} {each.label}", test.episodes)
+                scorer = scorers.setdefault(
+                    (test.name, each.label), make_scorer(each, test.data, "test")
+                )
                 shape = (test.n_way, test.k_shot, test.n_query)
                 with adapting_in(each, steps):
                     scores: Scores | Errors = scorer.score(test.sampler(), test.episodes, done)  # type: ignore[arg-type]  # its own kind

@@ -116,7 +116,7 @@ def run(
                 print(f"best {name} {score:.4f} after step {step}; {tracked.where()}")
                 return {"run_id": tracked.run_id, name: score}
         return reporting.test_and_report(
-            tracked, learner, sets, network, cfg.published, step, main_set, "results.csv"
+            tracked, learner, sets, network, cfg.published, step, main_set, "results.csv", inside=0
         )
 
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("runs_folder")
 
 
 def run_evaluate(*overrides: str) -> dict:
+    overrides = (*overrides, "inside=false")
     return evaluate.run(compose_config("evaluate", overrides), overrides)
 
 

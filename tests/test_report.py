@@ -384,7 +384,7 @@ def test_over_real_runs():
     assert [m.step for m in steps] == [0, 1, 2]
     assert steps[2].value == pytest.approx(first["test/acc"])  # the same 20 episodes
     assert not client.get_metric_history(done["run_id"], "adapt/acc_at_step")  # nothing to draw
-    overrides = [f"run={first['run_id']}", "episodes=10"]
+    overrides = [f"run={first['run_id']}", "episodes=10", "inside=false"]
     evaluate.run(compose_config("evaluate", overrides), overrides)
     (again,) = make()["rankings"]
     assert set(again.rows["episodes"]) == {20}

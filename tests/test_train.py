@@ -85,7 +85,7 @@ def test_a_run_leaves_what_a_user_needs(capsys):
 
 def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data():
     result = run_train()
-    overrides = [f"run={result['run_id']}"]
+    overrides = [f"run={result['run_id']}", "inside=false"]
     again = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert result["test/acc"] == result["test/glyphs_5w1s/acc"]
     assert not any(key.startswith("test/acc") for key in again)  # which training alone writes
@@ -94,7 +94,7 @@ def test_evaluate_repeats_the_test_of_training_and_takes_other_shapes_and_data()
     overrides += ["+data=digits", "k_shot=3", "episodes=10", "n_way=4"]
     other = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert 0 < other["test/digits_4w3s/acc"] <= 1
-    overrides = [f"run={result['run_id']}", "k_shot=1", "episodes=10"]
+    overrides = [f"run={result['run_id']}", "k_shot=1", "episodes=10", "inside=false"]
     fewer = evaluate.run(compose_config("evaluate", overrides), overrides)
     client = store.connect()
     run = client.get_run(result["run_id"])
@@ -168,7 +168,7 @@ def test_what_was_trained_on_is_no_test(tmp_path):
     save(tmp_path / "photos" / "class 03" / "0.png", picture(4711))
     with pytest.raises(UserError, match=r"resume: photos is not what it was when .* began"):
         train.run(compose_config("train", resume), resume)
-    overrides = [f"run={result['run_id']}"]
+    overrides = [f"run={result['run_id']}", "inside=false"]
     evaluate.run(compose_config("evaluate", overrides), overrides)
     shutil.rmtree(tmp_path / "photos" / "class 03")
     overrides += ["+data=image_folder", *folder]
@@ -185,7 +185,7 @@ def test_what_was_trained_on_is_no_test(tmp_path):
 
 def test_evaluation_repeats_the_further_test_sets_too():
     result = run_train("also_test=[digits]", "trainer.max_steps=10", "test_k_shot=[1]")
-    overrides = [f"run={result['run_id']}", "episodes=5"]
+    overrides = [f"run={result['run_id']}", "episodes=5", "inside=false"]
     again = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert "test/digits_5w1s/acc" in again
     alone = evaluate.run(compose_config("evaluate", [*overrides, "also_test=[]"]), overrides)
@@ -258,7 +258,7 @@ def test_the_same_on_a_gpu(learner):
     assert run.data.tags["device"] == torch.cuda.get_device_name()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        overrides = [f"run={result['run_id']}"]
+        overrides = [f"run={result['run_id']}", "inside=false"]
         again = evaluate.run(compose_config("evaluate", overrides), overrides)
     assert again["test/digits_5w1s/acc"] == pytest.approx(result["test/digits_5w1s/acc"], abs=0.02)
 

@@ -91,21 +91,47 @@ class Scorer:
         Args:
             progress: told how many episodes are done.
         """
-        was_training = self.learner.training
-        self.learner.eval()
         correct, classes = [], []
         shape = (*sampler.shape(0), sampler.n_query)
         identity = hashlib.sha256(f"{self.data.pool.fingerprint} {shape}".encode())
-        with torch.inference_mode():
-            for done, chosen in self._chunks(sampler, episodes):
-                n_way, n_query = chosen.query.shape[1:]
-                y = torch.arange(n_way, device=self.learner.device).repeat_interleave(n_query)
-                correct.append((self._predict(chosen).argmax(2) == y).cpu().numpy())
-                classes.append(chosen.classes.repeat(n_query, axis=1))
-                identity.update(_as_bytes(chosen))
-                progress(done)
-        self.learner.train(was_training)
+        for done, chosen, logits in self._predictions(sampler, episodes):
+            correct.append((logits.argmax(2) == _query_y(chosen, logits)).cpu().numpy())
+            classes.append(chosen.classes.repeat(chosen.query.shape[2], axis=1))
+            identity.update(_as_bytes(chosen))
+            progress(done)
         return Scores(np.concatenate(correct), np.concatenate(classes), identity.hexdigest())
+
+    def logits(
+        self,
+        sampler: EpisodeSampler,
+        episodes: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `score` counts the right ones of.
+
+        Returns:
+            On the CPU, of all queries: logits (episodes*n_way*n_query, n_way), true labels
+            (episodes*n_way*n_query,).
+        """
+        parts, labels = [], []
+        for done, chosen, logits in self._predictions(sampler, episodes):
+            parts.append(logits.flatten(0, 1).cpu())  # (t*q, n_way)
+            labels.append(_query_y(chosen, logits).repeat(len(logits)).cpu())
+            progress(done)
+        return torch.cat(parts), torch.cat(labels)
+
+    @torch.inference_mode()
+    def _predictions(
+        self, sampler: EpisodeSampler, episodes: int
+    ) -> Iterator[tuple[int, EpisodeIndices, Tensor]]:
+        """So many episodes done, with the last few of them and their logits."""
+        was_training = self.learner.training
+        self.learner.eval()
+        try:
+            for done, chosen in self._chunks(sampler, episodes):
+                yield done, chosen, self._predict(chosen)
+        finally:
+            self.learner.train(was_training)
 
     def _chunks(
         self, sampler: EpisodeSampler, episodes: int
@@ -152,6 +178,12 @@ class Scorer:
         return self._embedded
 
 
+def _query_y(chosen: EpisodeIndices, logits: Tensor) -> Tensor:
+    """(n_way*n_query,) labels, the same in every episode."""
+    n_way, n_query = chosen.query.shape[1:]
+    return torch.arange(n_way, device=logits.device).repeat_interleave(n_query)
+
+
 def _as_bytes(chosen: EpisodeIndices) -> bytes:
     """Episode after episode, so that the bytes of a list do not depend on how it is cut."""
     rows = [field.reshape(len(field), -1) for field in chosen]  # (tasks, numbers of an episode)
@@ -181,22 +213,26 @@ def adapting_in(learner: MetaLearner, steps: int | None) -> Iterator[None]:
         learner.eval_inner_steps = own
 
 
+def shown_steps(learner: GradientLearner) -> list[int]:
+    """Numbers of inner steps, from none to those it is tested with.
+
+    Every step up to three, then about a third more each time: what a long inner loop does is seen
+    from few evaluations.
+    """
+    steps = learner.eval_inner_steps
+    return sorted({min(k, steps) for k in (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 50, steps)})
+
+
 def score_by_steps(
     learner: GradientLearner,
     data: EpisodeLoaders,
     sampler: EpisodeSampler | FunctionEpisodes,
     episodes: int,
 ) -> dict[int, float]:
-    """Mean test score after some numbers of inner steps, from none to those it is tested with.
-
-    Every step up to three, then about a third more each time: what a long inner loop does is seen
-    from few evaluations.
-    """
-    steps = learner.eval_inner_steps
-    shown = sorted({min(k, steps) for k in (0, 1, 2, 3, 5, 7, 10, 14, 20, 30, 50, steps)})
+    """Mean test score after each of `shown_steps`."""
     scorer = make_scorer(learner, data, "test")
     out = {}
-    for k in shown:
+    for k in shown_steps(learner):
         with adapting_in(learner, k):
             out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]  # of that data
     return out

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ class Bound(NamedTuple):
 
 
 class InnerCurve(NamedTuple):
-    """Means over tasks after 0, 1, ... inner steps.
+    """Means over tasks after each of some numbers of inner steps.
 
     Attributes:
         support_loss: what the inner loop descends.
@@ -173,13 +173,16 @@ class GradientLearner(MetaLearner):
             return self.adapt_from(theta, support_x, support_y, steps)
 
     @torch.no_grad()
-    def inner_curve(self, batch: Episode, steps: int) -> InnerCurve:
+    def inner_curve(self, batch: Episode, steps: int | Sequence[int]) -> InnerCurve:
         """What the inner loop does to the tasks of a meta-batch, on average.
 
         Each number of steps starts from theta, as `inner_loop` gives its end alone.
+
+        Args:
+            steps: numbers of them, or the largest of 0, 1, ...
         """
         curve = InnerCurve([], [])
-        for k in range(steps + 1):
+        for k in range(steps + 1) if isinstance(steps, int) else steps:
             adapted = [(self.adapt_in(k, t.support_x, t.support_y), t) for t in batch.tasks()]
             losses = [self.loss(c(t.support_x), t.support_y).mean() for c, t in adapted]
             accuracies = [score(c(t.query_x), t.query_y) for c, t in adapted]
