@@ -1,7 +1,7 @@
 """Meta-learning, tracked: a map of the floors. Imports point down only.
 
-Floor 5, commands: train, sweep, evaluate, adapt, report, survey, ui; each a `run(cfg)` behind cli; study
-    (what a sweep is made of; nothing else imports optuna).
+Floor 5, commands: train, sweep, evaluate, adapt, report, survey, ui; each a `run(cfg)` behind cli;
+    study (what a sweep is made of; nothing else imports optuna).
 Floor 4, runs: compose, signature, keys, sources, trainer and config (configurations to parts),
     checkpoints, scoreboard (learners on test sets), tables (of the results), seen (what training
     saw, which no test may hold), processes (of one run), reporting (what a run leaves behind),

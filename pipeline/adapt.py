@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -56,7 +56,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     adapted = Adapted(classifier, support, estimate, query, said)
     facts = {**given.provenance, "classes": len(names), "photos": len(support.paths)}
     label = f"{Path(cfg.support).name} {given.learner.label}"
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     with tracked_run(cfg.experiment_name, label, plain, facts, resume=None) as tracked:
         out = _folder(cfg.out, tracked.run_id)
         adapted.write(out)
