@@ -105,8 +105,11 @@ class Inside:
             parts = [embeddings(self.learner, x) for x in (task.support_x, task.query_x)]
             if parts[0] is None or parts[1] is None:
                 return
+            z = torch.cat([parts[0], parts[1]])
+            if not z.isfinite().all():  # of a training that ran away
+                return
             predicted = self.learner.adapt(task.support_x, task.support_y)(task.query_x).argmax(1)
-            points, shares = principal_components(torch.cat([parts[0], parts[1]]), 2)
+            points, shares = principal_components(z, 2)
         labels = torch.cat([task.support_y, task.query_y])
         arrays = (x.cpu().numpy() for x in (points, shares, labels, predicted))
         shown = Embedded(_class_names(self.data, sampler, 0), *arrays)

@@ -192,6 +192,17 @@ def test_no_validation_classes_no_reliability(capsys):
     assert "blobs_5w2s: no reliability diagram: n_way: 5" in capsys.readouterr().out
 
 
+def test_a_learner_that_ran_away_has_no_map_and_no_reliability(capsys):
+    learner = build("protonet")
+    with torch.no_grad():
+        next(learner.parameters()).fill_(torch.nan)
+    assert set(looked(learner).figures) == SEEN - {
+        "embeddings_blobs_3w2s",
+        "reliability_blobs_3w2s",
+    }
+    assert "no reliability diagram: temperature: found logits that" in capsys.readouterr().out
+
+
 def test_a_map_of_embeddings():
     points = np.array([[0, 0], [4, 4], [0, 1], [1, 0], [4, 3], [1, 1]], dtype=float)
     labels, predicted = np.array([0, 1, 0, 0, 1, 1]), np.zeros(4)
