@@ -32,6 +32,7 @@ from pipeline.progress import scoring
 from pipeline.trained import given_learner
 
 TASKS, QUERIES, REJECT = 400, 50, 0.05
+IMAGES = 120  # of a class, from which tasks draw
 SHAPES = ((5, 1), (5, 5), (8, 3), (8, 5), (8, 10))  # ways, photos a class
 
 
@@ -75,7 +76,9 @@ class Bank:
         rest = [o for o in overrides if o not in own]
         data = config.build_data(compose_config("train", ["data=cifar_fs", *rest]).data)
         self.labels = data.pool.labels
-        rows = np.flatnonzero(np.isin(self.labels, data.classes(split)))
+        rows = np.concatenate(
+            [np.flatnonzero(self.labels == c)[:IMAGES] for c in data.classes(split)]
+        )
         self.classes, self.row = np.array(data.classes(split)), np.full(len(self.labels), -1)
         self.row[rows] = np.arange(len(rows))
         shape, cfg = given.photo_shape, given.cfg.data
