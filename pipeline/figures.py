@@ -1,5 +1,6 @@
 """Pictures for people: an episode with its predictions, accuracies, an inner loop. Floor 1."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -66,9 +67,10 @@ def episode_figure(
         [(row + 0.5) * tall for row in range(n_way)],
         [f"{short(name)}  {row}" for row, name in enumerate(class_names)],
     )
+    key = "queries: green right, red wrong with the row it was taken for"
     axis.set_xticks(
         [k_shot / 2 * wide, (k_shot + n_query / 2) * wide],
-        ["support", "queries: green right, red wrong with the row it was taken for"],
+        ["support", textwrap.fill(key, max(14, 8 * n_query))],  # 8 letters fit below an image
     )
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -141,6 +143,7 @@ def class_accuracy_figure(accuracy: dict[str, float], title: str, most: int = 40
 def inner_loop_figure(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     steps: Sequence[int] | None = None,
+    title: str = "",
 ) -> Figure:
     """Support loss and query accuracy against inner steps.
 
@@ -161,7 +164,9 @@ def inner_loop_figure(
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    if len(curves) > 1:
+        figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
     return figure
 
 

@@ -94,7 +94,7 @@ class Inside:
         hardest = np.argsort(accuracies, kind="stable")
         for place, (index, rank) in enumerate(zip(hardest, RANKS, strict=False), 1):
             what = f"the {rank} of {len(accuracies):,}"
-            picture = episode_picture(self.learner, result.test, int(index), _title(result), what)
+            picture = episode_picture(self.learner, result.test, int(index), result.title, what)
             self.run.log_figure(picture, f"figures/hardest_{result.test.key}_{place}.png")
 
     def _map(self, result: Result) -> None:
@@ -105,12 +105,15 @@ class Inside:
             parts = [embeddings(self.learner, x) for x in (task.support_x, task.query_x)]
             if parts[0] is None or parts[1] is None:
                 return
+            z = torch.cat([parts[0], parts[1]])
+            if not z.isfinite().all():  # of a training that ran away
+                return
             predicted = self.learner.adapt(task.support_x, task.support_y)(task.query_x).argmax(1)
-            points, shares = principal_components(torch.cat([parts[0], parts[1]]), 2)
+            points, shares = principal_components(z, 2)
         labels = torch.cat([task.support_y, task.query_y])
         arrays = (x.cpu().numpy() for x in (points, shares, labels, predicted))
         shown = Embedded(_class_names(self.data, sampler, 0), *arrays)
-        picture = embedding_figure(shown, f"{_title(result)}\nembeddings of test episode 0")
+        picture = embedding_figure(shown, f"{result.title}\nembeddings of test episode 0")
         self.run.log_figure(picture, f"figures/embeddings_{result.test.key}.png")
 
     def _inner_steps(self, result: Result, begin: Begin) -> None:
@@ -127,9 +130,9 @@ class Inside:
         loss, accuracy = np.mean(curves, axis=0)  # (steps,) each
         table = {"inner_steps": steps, "support_loss": loss, "query_accuracy": accuracy}
         self.run.log_csv(pd.DataFrame(table), f"inside/inner_steps_{test.key}.csv")
-        label = f"{_title(result)}, mean of {episodes} test episodes"
         curve = InnerCurve(loss.tolist(), accuracy.tolist())
-        picture = inner_loop_figure({label: curve}, steps)
+        title = f"{result.title}\nmean of {episodes} test episodes"
+        picture = inner_loop_figure({result.learner: curve}, steps, title)
         self.run.log_figure(picture, f"figures/inner_steps_{test.key}.png")
 
     def _shapes(self, begin: Begin) -> None:
@@ -176,7 +179,7 @@ class Inside:
         )
         numbers = {"ece": before.ece(), "ece_scaled": after.ece(), "temperature": temperature}
         self.run.log_metrics({f"test/{test.key}/{k}": v for k, v in numbers.items()}, self.step)
-        title = f"{_title(result)}\n{len(y):,} queries; temperature from validation episodes"
+        title = f"{result.title}\n{len(y):,} queries; temperature from validation episodes"
         picture = reliability_figure(before, after, temperature, title)
         self.run.log_figure(picture, f"figures/reliability_{test.key}.png")
 
@@ -222,10 +225,6 @@ def episode_picture(
     names = _class_names(data, sampler, index)
     caption = f"{title}\nepisode {index}{', ' * bool(what)}{what}: {right:.0f} % right"
     return prediction_figure(episode, predicted, names, caption)
-
-
-def _title(result: Result) -> str:
-    return f"{result.learner} on {result.test.name}, {result.test.task}, {result.protocol}"
 
 
 def _sampler(test: FixedEpisodes) -> EpisodeSampler:

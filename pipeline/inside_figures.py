@@ -47,13 +47,15 @@ def embedding_figure(task: Embedded, title: str) -> Figure:
     support = len(task.labels) - len(task.predicted)
     wrong = task.predicted != task.labels[support:]
     colours = _colours(len(task.class_names))
-    figure = new_figure(7.2, 4.4)
+    named = len(colours) if len(colours) <= NAMED else 0
+    figure = new_figure(7.2, max(4.4, 0.17 * named + 1.5))
     axis = figure.subplots()
+    size = 170 if support <= 30 else 80
     given, asked = task.points[:support], task.points[support:]
     of_given, of_asked = colours[task.labels[:support]], colours[task.labels[support:]]
     for points, hues, marker, style in (
         (asked[~wrong], of_asked[~wrong], "o", {"s": 22, "alpha": 0.8, "linewidths": 0}),
-        (given, of_given, "*", {"s": 170, "edgecolors": "black", "linewidths": 0.8}),
+        (given, of_given, "*", {"s": size, "edgecolors": "black", "linewidths": 0.8}),
         (asked[wrong], of_asked[wrong], "x", {"s": 34, "linewidths": 1.6}),
     ):
         axis.scatter(points[:, 0], points[:, 1], c=hues, marker=marker, **style)
@@ -66,9 +68,8 @@ def embedding_figure(task: Embedded, title: str) -> Figure:
     _key(axis, "*", "support image", markersize=10, markerfacecolor="white")
     _key(axis, "o", "query, right", markersize=5, color="0.3")
     _key(axis, "x", "query, taken for another class", markersize=6, color="0.3")
-    if len(task.class_names) <= NAMED:
-        for colour, name in zip(colours, task.class_names, strict=True):
-            _key(axis, "s", short(name, 30), markersize=6, color=colour)
+    for colour, name in list(zip(colours, task.class_names, strict=True))[:named]:
+        _key(axis, "s", short(name, 30), markersize=6, color=colour)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure
@@ -81,8 +82,8 @@ def _key(axis: Axes, marker: str, label: str, **style: Any) -> None:
 
 def _colours(classes: int) -> np.ndarray:
     """(classes, 4), as different from each other as so many can be."""
-    if classes <= 10:
-        return mpl.colormaps["tab10"](range(classes))
+    if classes <= 20:
+        return mpl.colormaps["tab10" if classes <= 10 else "tab20"](range(classes))
     return mpl.colormaps["turbo"](np.linspace(0.02, 0.98, classes))
 
 

@@ -91,8 +91,7 @@ def _log_steps(run: "Run", learner: GradientLearner, test: FixedEpisodes) -> Non
 
 
 def _log_figures(run: "Run", learner: MetaLearner, result: Result) -> None:
-    test, scores = result.test, result.scores
-    title = f"{result.learner} on {test.name}, {test.task}"
+    test, scores, title = result.test, result.scores, result.title
     if not isinstance(test.data, EpisodicDataModule) or not isinstance(scores, Scores):
         run.log_figure(_adapted_curves(learner, test, title), f"figures/{test.key}.png")
         return

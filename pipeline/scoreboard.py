@@ -63,8 +63,8 @@ class FixedEpisodes(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The same of all shapes of a task: digits, digits_TIM."""
-        return self._named()
+        """The same at any number of shots: digits_5w, digits_5w_TIM."""
+        return self._named(f"{self.n_way}w")
 
     def _named(self, *shape: str) -> str:
         name = re.sub(r"[^\w.\- ]", "_", self.name)  # what MLflow takes in a name
@@ -105,6 +105,11 @@ class Result(NamedTuple):
     def label(self) -> str:
         """Learner and steps."""
         return with_steps(self.learner, self.steps)
+
+    @property
+    def title(self) -> str:
+        """What a picture is of: ProtoNet on digits, 5-way 1-shot, inductive."""
+        return f"{self.learner} on {self.test.name}, {self.test.task}, {self.protocol}"
 
 
 def with_steps(learner: str, steps: int | None) -> str:

@@ -237,6 +237,7 @@ def quieten() -> None:
     harmless = ["does not have many workers", "LeafSpec", "logging interval", "exists and is not"]
     harmless += ["IProgress not found"]  # tqdm in a notebook without ipywidgets
     harmless += ["could not find the monitored key"]  # a resumed run first ends its last epoch
+    harmless += ["in eval mode at the start of training"]  # frozen stages are
     harmless += ["recommended to use `self.log"]  # EpisodeMean gathers over processes itself
     for text in (f".*{part}.*" for part in harmless):
         warnings.filterwarnings("ignore", message=text)

@@ -46,6 +46,11 @@ class Given(NamedTuple):
     cfg: DictConfig
     provenance: dict[str, Any]
 
+    @property
+    def photo_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the photos that it takes."""
+        return sources.image_shape(self.cfg.data)
+
 
 def given_learner(cfg: DictConfig) -> Given:
     """The learner that a command names: a run or a checkpoint, or a network with weights.

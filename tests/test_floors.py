@@ -20,6 +20,7 @@ FLOORS = {
     1: [
         "blocks",
         "backbones",
+        "pretrained",
         "engine",
         "heads.*",
         "metrics",
@@ -45,6 +46,8 @@ FLOORS = {
         "tables",
         "seen",
         "trained",
+        "classifier",
+        "adapted",
         "reporting",
         "inside",
         "tested",
@@ -64,6 +67,7 @@ FLOORS = {
         "sweep",
         "study.*",
         "evaluate",
+        "adapt",
         "report",
         "survey",
         "demo",
@@ -84,7 +88,7 @@ ALLOWED = {  # library -> the floors or modules that may import it
     "scipy": {"paired"},
     "gradio": {"demo", "demo_page"},
 }
-LIGHT = ["train", "sweep", "evaluate", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
+LIGHT = ["train", "sweep", "evaluate", "adapt", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
          "__init__"]  # fmt: skip
 
 

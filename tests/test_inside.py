@@ -18,17 +18,18 @@ from pipeline.inside_figures import Embedded, Point, embedding_figure, shape_fig
 from pipeline.learners import evaluation
 from pipeline.learners.evaluation import Scorer
 from pipeline.learners.features import embeddings
+from pipeline.learners.gradient import GradientLearner
 from pipeline.learners.nearest_point import NearestPoint
 from pipeline.learners.pixel_centroid import PixelCentroid
 from pipeline.learners.with_head import WithHead
 from pipeline.scoreboard import FixedEpisodes, is_own, score_all
 from pipeline.tracking import store
 from tests.conftest import BlobSource, blob_data
-from tests.test_learners import build
+from tests.test_learners import CONF, build
 from tests.test_train import run_train
 
 SEEN = {"hardest_blobs_3w2s_1", "hardest_blobs_3w2s_2", "hardest_blobs_3w2s_3",
-        "embeddings_blobs_3w2s", "reliability_blobs_3w2s", "shots_ways_blobs"}  # fmt: skip
+        "embeddings_blobs_3w2s", "reliability_blobs_3w2s", "shots_ways_blobs_3w"}  # fmt: skip
 
 
 class Kept:
@@ -115,7 +116,7 @@ def test_an_embedding_learner():
     titles = [f.get_suptitle() or f.axes[0].get_title(loc="left") for f in run.figures.values()]
     assert all(t.startswith("ProtoNet on blobs, ") and "inductive" in t for t in titles)
 
-    table = run.tables["inside/shots_ways_blobs.csv"]
+    table = run.tables["inside/shots_ways_blobs_3w.csv"]
     tried = set(zip(table["n_way"], table["k_shot"], strict=True))
     # five test classes of 20 images, 4 of which are queries
     assert tried == {(3, 1), (3, 2), (3, 5), (3, 10), (2, 2), (5, 2)}
@@ -152,9 +153,9 @@ def test_a_gradient_learner():
     learner, data = build("maml"), blob_data()
     run = looked(learner, data)
     assert set(run.figures) == SEEN | {"inner_steps_blobs_3w2s"}
-    table = run.tables["inside/shots_ways_blobs.csv"]
+    table = run.tables["inside/shots_ways_blobs_3w.csv"]
     assert set(table["n_way"]) == {3}  # its head takes no other
-    assert len(run.figures["shots_ways_blobs"].axes) == 1
+    assert len(run.figures["shots_ways_blobs_3w"].axes) == 1
     sampler = data.sampler("test", 3, 2, 4)
     mean = Scorer(learner, data, "test").score(sampler, 4).interval().mean
     assert float(table[table["k_shot"] == 2]["accuracy"].iloc[0]) == mean  # a fifth of 20
@@ -164,6 +165,15 @@ def test_a_gradient_learner():
     assert curve["query_accuracy"].iloc[-1] == pytest.approx(half)
     assert curve["support_loss"].iloc[-1] < curve["support_loss"].iloc[0]
     assert "transductive" in run.figures["embeddings_blobs_3w2s"].get_suptitle()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONF)
+def test_every_learner_is_looked_into(name):
+    learner = build(name)
+    run = looked(learner, episodes=10)
+    steps = {"inner_steps_blobs_3w2s"} if isinstance(learner, GradientLearner) else set()
+    assert set(run.figures) == SEEN | steps
 
 
 def test_no_validation_classes_no_reliability(capsys):
@@ -180,6 +190,17 @@ def test_no_validation_classes_no_reliability(capsys):
     run = looked(build("protonet"), blob_data(), n_way=5)  # of four validation classes
     assert "reliability_blobs_5w2s" not in run.figures
     assert "blobs_5w2s: no reliability diagram: n_way: 5" in capsys.readouterr().out
+
+
+def test_a_learner_that_ran_away_has_no_map_and_no_reliability(capsys):
+    learner = build("protonet")
+    with torch.no_grad():
+        next(learner.parameters()).fill_(torch.nan)
+    assert set(looked(learner).figures) == SEEN - {
+        "embeddings_blobs_3w2s",
+        "reliability_blobs_3w2s",
+    }
+    assert "no reliability diagram: temperature: found logits that" in capsys.readouterr().out
 
 
 def test_a_map_of_embeddings():
@@ -229,13 +250,13 @@ def test_evaluate_leaves_them_with_the_run(capsys):
     assert set(found) == per_set | {"shots"}
     assert found["embeddings"] == {"glyphs_5w1s", "digits_5w1s"}
     assert found["reliability"] == {"glyphs_5w1s"}
-    assert found["shots"] == {"ways_glyphs", "ways_digits"}
+    assert found["shots"] == {"ways_glyphs_5w", "ways_digits_5w"}
     assert "digits: no validation classes" in capsys.readouterr().out
     metrics = client.get_run(run_id).data.metrics
     assert 0 <= metrics["test/glyphs_5w1s/ece_scaled"] <= 1
-    table = pd.read_csv(client.download_artifacts(run_id, "inside/shots_ways_digits.csv"))
+    table = pd.read_csv(client.download_artifacts(run_id, "inside/shots_ways_digits_5w.csv"))
     assert set(table["n_way"]) == {2, 5, 10}
 
     head = [*few, "head=nearest_mean", "also_test=[]"]
     evaluate.run(compose_config("evaluate", head), head)
-    assert {"embeddings_glyphs_5w1s_NearestMean", "shots_ways_glyphs_NearestMean"} <= figures()
+    assert {"embeddings_glyphs_5w1s_NearestMean", "shots_ways_glyphs_5w_NearestMean"} <= figures()

@@ -27,6 +27,7 @@ MAX_PIXELS = 100_000_000  # of one image
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 _CHUNK = 32  # images a thread decodes between two steps of the progress bar
+_LONG = 3.0  # seconds after which a line says what is going on
 _TINY = 3000  # bytes; mean size below which threads spend their time waiting for the interpreter
 
 Fit = Callable[[Image.Image], Image.Image]
@@ -246,12 +247,16 @@ def _other_format(data: bytes) -> str:
 
 
 def progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Pass items on, with a bar on stderr; two plain lines where that is no terminal."""
+    """Pass items on, with a bar on stderr; where there is no terminal, lines if it is long."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from track(items, description, total, console=console)
         return
-    print(f"{description} ...", file=sys.stderr)
-    started = time.monotonic()
-    yield from items
-    print(f"{description}: done in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    started, told = time.monotonic(), False
+    for item in items:
+        if not told and time.monotonic() - started > _LONG:
+            print(f"{description} ...", file=sys.stderr)
+            told = True
+        yield item
+    if told:
+        print(f"{description}: done in {time.monotonic() - started:.1f} s", file=sys.stderr)

@@ -88,7 +88,7 @@ class Run:
         """A PNG at the artifact path."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / Path(path).name
-            figure.savefig(file, dpi=150)
+            figure.savefig(file, dpi=150, bbox_inches="tight")  # names may be long
             self.log_file(file, str(Path(path).parent))
 
     def log_file(self, path: Path, to: str = "") -> None:

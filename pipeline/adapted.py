@@ -1,0 +1,255 @@
+"""What `adapt` leaves behind: files, tables, pictures, numbers. Floor 4."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.calibration import reliability, wilson_interval
+from pipeline.classifier import BATCH, Estimate, PhotoClassifier, Predictions
+from pipeline.contact_sheet import Shown, contact_sheet
+from pipeline.data.photos import Photos
+from pipeline.figures import inner_loop_figure
+from pipeline.functional import principal_components
+from pipeline.inside_figures import Embedded, embedding_figure, reliability_figure
+from pipeline.learners.evaluation import adapting_in, shown_steps
+from pipeline.learners.features import embeddings
+from pipeline.learners.gradient import GradientLearner, InnerCurve
+from pipeline.learners.held_out import held_out_logits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pipeline.tracking.run import Run
+
+LINES = 12  # predictions, and photos left out, that are printed; the files have all
+MANY = 100  # labelled photos from which on a reliability diagram is drawn
+
+
+class Adapted:
+    """A classifier, the photos it was made from, and what it says of others.
+
+    Args:
+        classifier: calibrated.
+        support: its photos.
+        estimate: of its accuracy.
+        query, said: photos and what it says of them; None if there are none.
+    """
+
+    def __init__(
+        self,
+        classifier: PhotoClassifier,
+        support: Photos,
+        estimate: Estimate,
+        query: Photos | None,
+        said: Predictions | None,
+    ) -> None:
+        self.classifier, self.support, self.estimate = classifier, support, estimate
+        self.query, self.said = query, said
+        self.names = classifier.class_names
+
+    @property
+    def truth(self) -> np.ndarray | None:
+        """(q,) classes of the queries, if they are known."""
+        return None if self.query is None else self.query.labels
+
+    def numbers(self) -> dict[str, float]:
+        """What is known of the accuracy, in 0..1."""
+        found = {"accuracy": self.estimate.accuracy}
+        if self.said is not None and self.truth is not None:
+            found["query_accuracy"] = float((self.said.labels == self.truth).mean())
+        return found
+
+    def about(self) -> list[str]:
+        """Lines on the classifier: what it is, how good, what it cannot do."""
+        made, estimate = self.classifier.provenance, self.estimate
+        network = f" ({made['backbone']})" if made["backbone"] else ""
+        lines = [
+            f"{len(self.names)} classes, {len(self.support.paths)} photos, by {made['learner']}"
+            f"{network}, {made['protocol']}"
+        ]
+        if made["protocol"] == "transductive":
+            lines.append("transductive: what is said of a photo depends on those beside it")
+        if estimate.photos:
+            low, high = (100 * bound for bound in estimate.interval)
+            lines.append(
+                f"expected accuracy {100 * estimate.accuracy:.0f} % ({low:.0f} to {high:.0f} %): "
+                f"{estimate.correct.sum()} of {estimate.photos} photos were right when left out; "
+                "rather low, as others then stood in for them"
+            )
+        else:
+            lines.append("expected accuracy unknown: no class has two photos, to leave one out")
+        if not self.classifier.can_reject:
+            needed = int(np.ceil(1 / self.classifier.reject)) - 1 if self.classifier.reject else 0
+            why = f"needs {needed} photos left out, found {estimate.photos}" if needed else "is off"
+            lines.append(f"no photo is said to look like none of the classes: reject {why}")
+        return lines
+
+    def predictions(self) -> pd.DataFrame:
+        """A row a query, as they came: what is said of it, and the probability of each class."""
+        assert self.query is not None
+        assert self.said is not None
+        frame = pd.DataFrame({"path": self.query.paths})
+        frame["class"] = [self.names[i] for i in self.said.labels]
+        frame["confidence"] = self.said.confidences
+        frame["p_known"], frame["looks_like_none"] = self.said.known, self.said.rejected
+        if self.truth is not None:
+            frame["true"] = [self.names[i] for i in self.truth]
+        each = pd.DataFrame(self.said.probabilities, columns=[f"p({n})" for n in self.names])
+        return pd.concat([frame, each], axis=1).round(6)
+
+    def held_out(self) -> pd.DataFrame:
+        """A row a support photo that was left out: path, true class, and what it was taken for."""
+        photos = self.estimate
+        rows = {
+            "path": [self.support.paths[i] for i in photos.indices],
+            "true": [self.names[self.labels[i]] for i in photos.indices],
+            "class": [self.names[i] for i in photos.predicted],
+            "right": photos.correct,
+        }
+        return pd.DataFrame(rows)
+
+    def write(self, out: Path) -> None:
+        """All files, into a folder that is there."""
+        self.classifier.save(out / "classifier.pt")
+        self.held_out().to_csv(out / "held_out.csv", index=False)
+        if self.query is None or self.said is None:
+            return
+        frame = self.predictions()
+        frame.to_csv(out / "predictions.csv", index=False)
+        rows = [
+            Shown(row.path, image, row[1], row.confidence, row.looks_like_none, true)
+            for row, image, true in zip(
+                frame.itertuples(index=False),
+                self.query.images,
+                frame["true"] if "true" in frame else [None] * len(frame),
+                strict=True,
+            )
+        ]
+        page = contact_sheet(rows, "What the photos show", self.about(), self.support)
+        (out / "predictions.html").write_text(page, encoding="utf-8")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(m,) classes of the support photos."""
+        assert self.support.labels is not None
+        return self.support.labels
+
+    def say(self) -> None:
+        """Print what matters: left-out files, the classifier, doubtful photos."""
+        for photos in (self.support, self.query):
+            bad = photos.bad if photos else []
+            for line in bad[:LINES]:
+                print(f"left out: {line}")
+            if len(bad) > LINES:
+                print(f"left out: {len(bad) - LINES} more")
+        for line in self.about():
+            print(line)
+        for row in self.held_out().query("not right").head(LINES).to_dict("records"):
+            print(f"  left out, {row['path']} was taken for {row['class']}; is its label right?")
+        if self.said is None:
+            return
+        frame = self.predictions()
+        frame["path"] = _shortened(frame["path"])
+        frame = frame.sort_values(["looks_like_none", "confidence"], ascending=[False, True])
+        table = Table(title=f"{len(frame)} photos, the doubtful ones first", title_justify="left")
+        columns = [
+            c for c in ("path", "class", "confidence", "looks_like_none", "true") if c in frame
+        ]
+        for column in columns:
+            table.add_column(column.replace("_", " "), overflow="fold")
+        for row in frame.head(LINES)[columns].to_dict("records"):
+            none = "yes" if row["looks_like_none"] else ""
+            shown = row | {
+                "confidence": f"{100 * row['confidence']:.0f} %",
+                "looks_like_none": none,
+            }
+            table.add_row(*(str(shown[c]) for c in columns))
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+        if len(frame) > LINES:
+            print(f"and {len(frame) - LINES} more, see predictions.csv and predictions.html")
+        if self.truth is not None:
+            right = int((self.said.labels == self.truth).sum())
+            low, high = (100 * b for b in wilson_interval(right, len(frame)))
+            share = 100 * right / len(frame)
+            print(f"right: {right} of {len(frame)}, {share:.1f} % ({low:.0f} to {high:.0f} %)")
+
+    def track(self, run: "Run", out: Path) -> None:
+        """Numbers, files and pictures, to a run."""
+        low, high = self.estimate.interval
+        numbers = {f"held_out/{k}": v for k, v in (("ci95_low", low), ("ci95_high", high))}
+        numbers["held_out/acc"] = self.estimate.accuracy
+        if "query_accuracy" in (own := self.numbers()):
+            numbers["query/acc"] = own["query_accuracy"]
+        numbers["temperature"] = self.classifier.temperature
+        run.log_metrics({k: v for k, v in numbers.items() if not np.isnan(v)}, 0)
+        for path in sorted(out.iterdir()):
+            if path.suffix in (".csv", ".html"):
+                run.log_file(path, "predictions")
+        for name, figure in self._figures():
+            run.log_figure(figure, f"figures/{name}.png")
+
+    def _figures(self) -> Iterator[tuple[str, "Figure"]]:
+        title = self.about()[0]
+        if shown := self._map():
+            yield "embeddings", embedding_figure(shown, title)
+        if isinstance(self.classifier.learner, GradientLearner):
+            yield "inner_steps", self._inner_steps(self.classifier.learner, title)
+        if self.said is not None and self.truth is not None and len(self.truth) >= MANY:
+            log_p, t = (
+                np.log(np.maximum(self.said.probabilities, 1e-30)),
+                self.classifier.temperature,
+            )
+            unscaled = torch.softmax(torch.from_numpy(log_p * t), 1)
+            before, after = (
+                reliability(p, self.truth) for p in (unscaled, self.said.probabilities)
+            )
+            about = f"{title}\n{len(self.truth)} photos; temperature from those left out"
+            yield "reliability", reliability_figure(before, after, t, about)
+
+    @torch.inference_mode()
+    def _map(self) -> Embedded | None:
+        """Support photos and labelled queries in two dimensions."""
+        parts, labels, predicted = [self.support.images], [self.labels], self.labels[:0]
+        if self.query is not None and self.said is not None and self.truth is not None:
+            parts, labels = [*parts, self.query.images], [*labels, self.truth]
+            predicted = self.said.labels
+        z = []
+        for images in parts:
+            for part in torch.from_numpy(images).split(BATCH):
+                x = self.classifier.prepare(part.to(self.classifier.support.device))
+                z.append(embeddings(self.classifier.learner, x))
+        if any(each is None for each in z):
+            return None
+        points, shares = principal_components(
+            torch.cat([each for each in z if each is not None]), 2
+        )
+        at, share = (x.cpu().numpy() for x in (points, shares))
+        return Embedded(self.names, at, share, np.concatenate(labels), predicted)
+
+    @torch.inference_mode()
+    def _inner_steps(self, learner: GradientLearner, title: str) -> "Figure":
+        """Loss on the support photos, and accuracy on those left out, along the inner loop."""
+        x, y = self.classifier.prepare(self.classifier.support), self.classifier.support_y
+        steps, curve = shown_steps(learner), InnerCurve([], [])
+        for k in steps:
+            with adapting_in(learner, k):
+                logits, held = held_out_logits(learner, x, y)
+                curve.support_loss.append(float(learner.loss(learner.adapt(x, y)(x), y).mean()))
+            curve.query_accuracy.append(float((logits.argmax(1) == y[held]).float().mean()))
+        return inner_loop_figure(
+            {learner.label: curve}, steps, f"{title}\nqueries: photos left out"
+        )
+
+
+def _shortened(paths: Sequence[str]) -> list[str]:
+    """Without the folders that all have in common."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, common or ".") for path in paths]
