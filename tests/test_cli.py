@@ -170,9 +170,10 @@ def test_readme_commands_compose():
     from pipeline.compose import compose_config
     from pipeline.study import settings
 
-    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|adapt|report) ?(.*)$"
+    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|adapt|report|demo) ?(.*)$"
     lines = re.findall(pattern, README, re.MULTILINE)
-    assert {command for command, _ in lines} == {"train", "sweep", "evaluate", "adapt", "report"}
+    named = {"train", "sweep", "evaluate", "adapt", "report", "demo"}
+    assert {command for command, _ in lines} == named
     for command, rest in lines:
         overrides = rest.split("#")[0].split()
         cfg = compose_config(command, overrides)

@@ -124,8 +124,8 @@ def test_nearest_by_the_network_of_every_kind_of_learner(learner: str) -> None:
 def test_what_the_estimate_says() -> None:
     page = Page(trial.estimate_html(taught()))
     text = " ".join(page.text.split())
-    assert "100 % of new photos should be classified correctly" in text
-    assert "24 of 24 of your photos were right" in text
+    assert "100 % right on photos that it was not shown" in text
+    assert "Of your 24 photos, 24 were right when each was left out" in text
     assert "between 86 % and 100 % (95 % interval)" in text
     assert "cannot be told apart" not in text
 
@@ -312,7 +312,7 @@ def visit(browser, url: str, digits: Path) -> None:
         page.locator("input[type=file]").nth(i).set_input_files(files)
         page.locator(".t-class").nth(i).locator("img").nth(5).wait_for()
     learn.click()
-    page.get_by_text("of new photos should be classified correctly").wait_for()
+    page.get_by_text("right on photos that it was not shown").wait_for()
     asked = [str(digits / "0-6.png"), str(digits / "1-6.png")]
     page.locator("input[type=file]").last.set_input_files(asked)
     page.locator(".t-answer").nth(1).wait_for()
