@@ -81,8 +81,8 @@ class Adapted:
             low, high = (100 * bound for bound in estimate.interval)
             lines.append(
                 f"expected accuracy {100 * estimate.accuracy:.0f} % ({low:.0f} to {high:.0f} %): "
-                f"{estimate.correct.sum()} of {estimate.photos} photos were right when left out; "
-                "rather low, as others then stood in for them"
+                f"{estimate.correct.sum()} of {estimate.photos} photos were right when left out in "
+                "turn; with all of them it should be a little higher"
             )
         else:
             lines.append("expected accuracy unknown: no class has two photos, to leave one out")
