@@ -48,6 +48,7 @@ FLOORS = {
         "trained",
         "classifier",
         "adapted",
+        "serving",
         "reporting",
         "inside",
         "tested",
