@@ -48,11 +48,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     photos = torch.from_numpy(support.images), torch.from_numpy(support.labels)
     classifier = PhotoClassifier(given, *photos, names, cfg.reject)
     classifier.to("cuda" if torch.cuda.is_available() else "cpu")
-    with scoring() as begin:
-        estimate = classifier.calibrate(begin("photos held out", len(support.paths)))
+    with scoring("photos") as begin:
+        estimate = classifier.calibrate(begin("left out in turn", len(support.paths)))
         said = None
         if query:
-            said = classifier.predict(query.images, begin("photos", len(query.paths)))
+            said = classifier.predict(query.images, begin("classified", len(query.paths)))
     adapted = Adapted(classifier, support, estimate, query, said)
     facts = {**given.provenance, "classes": len(names), "photos": len(support.paths)}
     label = f"{Path(cfg.support).name} {given.learner.label}"

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def read_file(path: Path, key: str, what: str) -> dict[str, Any]:
         UserError: if there is none, or it is something else.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd in a file is an error, or fine
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file {path}") from error
     except pickle.UnpicklingError as error:  # also what would run code of its own

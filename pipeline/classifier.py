@@ -43,6 +43,20 @@ class Estimate(NamedTuple):
     predicted: np.ndarray
 
 
+class Calibration(NamedTuple):
+    """What photos that were left out teach.
+
+    Attributes:
+        estimate: of the accuracy.
+        temperature: that logits are to be divided by.
+        known_scores: (h,) `scores` of them after that, sorted.
+    """
+
+    estimate: Estimate
+    temperature: float
+    known_scores: Tensor
+
+
 class Predictions(NamedTuple):
     """What the classifier says of photos.
 
@@ -140,16 +154,9 @@ class PhotoClassifier(nn.Module):
         logits, held = held_out_logits(
             self.learner, self.prepare(self.support), self.support_y, done
         )
-        y = self.support_y[held]
-        if len(held) >= MIN_FOR_TEMPERATURE:
-            self.temperature = fit_temperature(logits, y)
-        self.known_scores = scores(logits / self.temperature).sort().values.clone()
-        predicted = logits.argmax(1)
-        correct = (predicted == y).cpu().numpy()
-        right, n = int(correct.sum()), len(held)
-        accuracy = right / n if n else float("nan")
-        arrays = (correct, held.cpu().numpy(), predicted.cpu().numpy())
-        return Estimate(accuracy, wilson_interval(right, n), n, *arrays)
+        found = calibration(logits, held, self.support_y)
+        self.temperature, self.known_scores = found.temperature, found.known_scores
+        return found.estimate
 
     @property
     def can_reject(self) -> bool:
@@ -205,6 +212,24 @@ class PhotoClassifier(nn.Module):
         classifier.load_state_dict(state)
         classifier.temperature = plain["temperature"]
         return classifier
+
+
+def calibration(logits: Tensor, held: Tensor, support_y: Tensor) -> Calibration:
+    """Accuracy, temperature and scores of photos that were left out.
+
+    Args:
+        logits, held: see `held_out_logits`.
+        support_y: (m,) classes of all support photos.
+    """
+    y = support_y[held]
+    temperature = fit_temperature(logits, y) if len(held) >= MIN_FOR_TEMPERATURE else 1.0
+    predicted = logits.argmax(1)
+    correct = (predicted == y).cpu().numpy()
+    right, n = int(correct.sum()), len(held)
+    interval = wilson_interval(right, n)
+    arrays = (correct, held.cpu().numpy(), predicted.cpu().numpy())
+    estimate = Estimate(right / n if n else float("nan"), interval, n, *arrays)
+    return Calibration(estimate, temperature, scores(logits / temperature).sort().values.clone())
 
 
 def scores(logits: Tensor) -> Tensor:

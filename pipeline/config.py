@@ -151,6 +151,13 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
         )
     yield from data_problems(cfg.data)
     yield from target_problems(cfg)
+    network = hydra.utils.get_object(cfg.backbone._target_)
+    plain_pixels = cfg.data.get("mean") in (None, [0.0]) and cfg.data.get("std") in (None, [1.0])
+    if "backbone" in parameters(learner) and hasattr(network, "standardises") and not plain_pixels:
+        yield (
+            f"data.mean, data.std: found {plain(cfg.data.mean)}, {plain(cfg.data.std)}, but "
+            f"{network.__name__} standardises images by itself; give [0.0] and [1.0]"
+        )
     on_images = learner.trains_on == "images"
     if on_images != bool(number := cfg.data.get("images_per_batch")):
         yield (

@@ -1,6 +1,7 @@
 """Backbones that come with weights: any timm network, and how weights are found. Floor 1."""
 
 import pickle
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,14 @@ def load_file(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"backbone.weights: no file {path}")
     try:
-        given = load_state_dict(str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"backbone.weights: {path} holds more than weights; refused") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd in a file is an error, or fine
+            given = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # zip, safetensors and more, each with its own
-        raise UserError(
-            f"backbone.weights: {path} is no file of weights ({_first_line(error)})"
-        ) from error
+        why = f"is no file of weights ({_first_line(error)})"
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            why = "holds more than weights; refused"
+        raise UserError(f"backbone.weights: {path} {why}") from error
     own = model.state_dict()
     if not own.keys() & given.keys():
         given = dict(zip(own, given.values(), strict=False))

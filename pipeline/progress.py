@@ -148,19 +148,23 @@ class LineProgress(Callback):
 class Slow:
     """Where there is no bar: a line every half minute while episodes are scored."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self._next = what, total, time.monotonic() + 30
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self._next = time.monotonic() + 30
 
     def __call__(self, done: int) -> None:
         """Take note that so many are done."""
         if time.monotonic() > self._next and not sys.stderr.isatty():
-            print(f"{self.what}  {done}/{self.total} episodes", flush=True)
+            print(f"{self.what}  {done}/{self.total} {self.unit}", flush=True)
             self._next = time.monotonic() + 30
 
 
 @contextmanager
-def scoring() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def scoring(unit: str = "episodes") -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Shows how far scoring is: bars on a terminal, else lines.
+
+    Args:
+        unit: what is counted.
 
     Yields:
         Begins one of them, by what is scored and on how many episodes; answers with what is to be
@@ -169,7 +173,7 @@ def scoring() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
 
         def begin(what: str, total: int) -> Callable[[int], None]:
-            bar, line = bars.add_task(what, total=total), Slow(what, total)
+            bar, line = bars.add_task(what, total=total), Slow(what, total, unit)
 
             def done(n: int) -> None:
                 bars.update(bar, completed=n)

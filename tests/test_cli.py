@@ -59,7 +59,7 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    names = ["train", "sweep", "evaluate", "report", "survey", "ui"]
+    names = ["train", "sweep", "evaluate", "adapt", "report", "survey", "ui"]
     assert commands == [f"pipeline.{name}" for name in names]
     for command in commands:
         seconds = []
@@ -170,9 +170,9 @@ def test_readme_commands_compose():
     from pipeline.compose import compose_config
     from pipeline.study import settings
 
-    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|report) ?(.*)$"
+    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|adapt|report) ?(.*)$"
     lines = re.findall(pattern, README, re.MULTILINE)
-    assert {command for command, _ in lines} == {"train", "sweep", "evaluate", "report"}
+    assert {command for command, _ in lines} == {"train", "sweep", "evaluate", "adapt", "report"}
     for command, rest in lines:
         overrides = rest.split("#")[0].split()
         cfg = compose_config(command, overrides)

@@ -247,7 +247,7 @@ def _other_format(data: bytes) -> str:
 
 
 def progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Pass items on, with a bar on stderr; where that is no terminal, two lines if it takes long."""
+    """Pass items on, with a bar on stderr; where there is no terminal, lines if it is long."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from track(items, description, total, console=console)
