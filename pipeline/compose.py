@@ -111,7 +111,7 @@ def _explain(name: str, fitting: list[str], override: str, error: Exception) -> 
         return f"no such option; {key} can be {', '.join(options)}"
     unknown = isinstance(error, ConfigCompositionException) and "Could not override" in str(error)
     if options and unknown:
-        taken = key in _ADDED_GROUPS[name]
+        taken = key in _ADDED_GROUPS.get(name, ())
         return f"write +{key}={value}" if taken else f"{name} takes no {key}"
     if options and override.startswith("+"):
         return f"write {key}={value}"

@@ -38,7 +38,7 @@ class ServedClassifier:
     """A `PhotoClassifier` as MLflow calls it."""
 
     def __init__(self, classifier: PhotoClassifier) -> None:
-        Image.init()  # requests come in threads, which would race in it
+        ready()
         classifier.adapted()
         self.classifier = classifier
 
@@ -62,6 +62,11 @@ class ServedClassifier:
             channels, size, _ = self.classifier.image_shape
             photos = decode(images_of(model_input), channels, size)
             return as_table(self.classifier.predict(photos), self.classifier.class_names)
+
+
+def ready() -> None:
+    """Register the formats: requests come in threads, which would race in it."""
+    Image.init()
 
 
 def as_table(predictions: Predictions, class_names: Sequence[str]) -> pd.DataFrame:

@@ -18,13 +18,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
+from pipeline import config, register, serving_learner
 from pipeline.classifier import PhotoClassifier
+from pipeline.compose import compose_config
+from pipeline.errors import UserError
 from pipeline.tracking import models, store
 from pipeline.tracking.models import log_photo_classifier
 from pipeline.tracking.run import tracked_run
-from tests.tiny import NAMES, saved, strokes, tiny_classifier
+from tests.tiny import NAMES, saved, strokes, tiny_classifier, tiny_given
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -139,6 +143,32 @@ def test_a_store_that_is_away_gets_the_model_later(
     assert not list((runs_folder / "unsent").iterdir())
 
 
+def test_a_learner_is_registered_too(runs_folder, tmp_path, monkeypatch, capsys):
+    """From a checkpoint file: its model is in a run of its own, and adapts as loaded."""
+    given = tiny_given()
+    checkpoint = {"state_dict": given.learner.state_dict(), "global_step": 7}
+    checkpoint |= {
+        "pipeline": {"config": OmegaConf.to_container(given.cfg, resolve=True), "seen": []}
+    }
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    cfg = compose_config("register", [f"checkpoint={tmp_path / 'best.ckpt'}", "name=learner"])
+    assert register.run(cfg) == "models:/learner/1"
+    assert 'load_model("models:/learner@champion")' in capsys.readouterr().out
+    client = store.connect()
+    version = client.get_model_version_by_alias("learner", "champion")
+    assert version.tags["learner"] == "ProtoNet"
+    assert version.tags["checkpoint"] == "best.ckpt"
+    folder = Path(client.get_model_version_download_uri("learner", "1"))
+    example = json.loads((folder / "input_example.json").read_text())
+    served = serving_learner._load_pyfunc(str(folder / "data" / "learner.pt"))
+    answer = served.predict(pd.DataFrame(example["data"], columns=example["columns"]))
+    assert answer["class"].tolist() == ["black"]
+    cfg.name = "a:b"
+    monkeypatch.setattr(config, "check_root", lambda *a: None)
+    with pytest.raises(UserError, match="name: a:b is not registered; the line above says why"):
+        register.run(cfg)
+
+
 @pytest.mark.slow
 def test_the_versions_that_serving_needs_are_all_stated():
     """Whatever of pyproject.toml is imported to load and run a model is among the requirements."""
@@ -148,7 +178,9 @@ def test_the_versions_that_serving_needs_are_all_stated():
         "hydra": "hydra-core",
         "PIL": "pillow",
     }
-    code = "import sys, pipeline.serving; print(*{m.partition('.')[0] for m in sys.modules})"
+    code = (
+        "import sys, pipeline.serving_learner; print(*{m.partition('.')[0] for m in sys.modules})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
     )

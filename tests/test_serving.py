@@ -14,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import serving
+from pipeline import serving, serving_learner
 from pipeline.data.files import MAX_BYTES
 from pipeline.errors import UserError
 from pipeline.serving import MAX_SERVED, ServedClassifier, _load_pyfunc, in_server
+from pipeline.serving_learner import ServedLearner
+from pipeline.trained import save_learner
 from tests.test_photos import png
-from tests.tiny import NAMES, saved, strokes, tiny_classifier
+from tests.tiny import NAMES, saved, strokes, tiny_classifier, tiny_given
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,102 @@ def test_a_server_is_known_by_what_mlflow_sets():
     assert "command_env[_SERVER_MODEL_PATH] =" in code
 
 
+# The learner itself
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory) -> ServedLearner:
+    file = tmp_path_factory.mktemp("model") / "learner.pt"
+    save_learner(tiny_given(), file)
+    return serving_learner._load_pyfunc(str(file))
+
+
+def task(per_class: int = 3, queries: int = 2) -> tuple[list[object], list[object], np.ndarray]:
+    """Images and labels of a table, queries between the others; and classes of the queries."""
+    photos, labels = strokes(per_class + queries, seed=3)
+    order = np.random.default_rng(0).permutation(len(labels))
+    unknown = np.tile([False] * per_class + [True] * queries, len(NAMES))
+    cells = [None if unknown[i] else NAMES[labels[i]] for i in order]
+    return [as_png(photos[i, 0]) for i in order], cells, labels[order][unknown[order]]
+
+
+def test_a_learner_adapts_to_the_rows_with_a_label(learner):
+    images, cells, truth = task()
+    answer = learner.predict(pd.DataFrame({"image": images, "label": cells}))
+    names = sorted(NAMES)
+    assert list(answer) == ["class", "confidence"] + [f"p({name})" for name in names]
+    assert answer["class"].tolist() == [NAMES[i] for i in truth]
+    each = answer[[f"p({name})" for name in names]].to_numpy()
+    assert np.allclose(each.sum(1), 1)
+    assert np.array_equal(answer["confidence"], each.max(1))
+    support = [i for i, cell in enumerate(cells) if cell]
+    queries = [i for i, cell in enumerate(cells) if not cell]
+    photos = serving.decode(images, 1, 14)
+    x = tiny_given().photo_shape
+    assert x == (1, 14, 14)
+    y = torch.tensor([names.index(cells[i]) for i in support])
+    float_of = lambda rows: torch.from_numpy(photos[rows]).float() / 255  # noqa: E731
+    with torch.no_grad():
+        logits = learner.given.learner.adapt(float_of(support), y)(float_of(queries))
+    assert np.allclose(each, logits.softmax(1), atol=1e-5)
+
+
+def test_a_learner_forgets_and_takes_any_table(learner):
+    images, cells, _ = task()
+    first = learner.predict(pd.DataFrame({"image": images, "label": cells}))
+    empty = ["" if cell is None else f" {cell} " for cell in cells]
+    records = [{"image": i, "label": c} for i, c in zip(images, cells, strict=True)]
+    other = ["a" if i % 2 else "b" for i in range(len(images) - 1)]
+    assert len(learner.predict({"image": images, "label": [*other, None]})) == 1
+    for given in (
+        pd.DataFrame({"image": images, "label": empty}),
+        {"image": images, "label": [float("nan") if c is None else c for c in cells]},
+        {"image": np.array(images, dtype=object), "label": np.array(cells, dtype=object)},
+        records,
+    ):
+        pd.testing.assert_frame_equal(learner.predict(given), first)
+    assert learner.predict({"image": images[:2], "label": ["a", "b"]}).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"image": ["x"]}, "columns: found 'image'; expected 'image' and 'label'"),
+        ({"label": ["x"]}, "columns: found 'label'; expected 'image'"),
+        ({"image": ["x"], "label": ["cat"]}, "label: found cat; two are needed"),
+        ({"image": ["x"], "label": [None]}, "label: found none; two are needed"),
+        ({"image": ["x", "y"], "label": ["cat", "dog"]}, "image[0]: neither a file nor base64"),
+        ({"image": ["x", "y"], "label": ["cat"]}, "columns: expected image and label (All arrays"),
+        (5, "columns: expected image and label ("),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_a_line(learner, given, line):
+    with pytest.raises(UserError) as caught:
+        learner.predict(given)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_served_learner_reads_no_file_and_takes_so_many(learner, tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(as_png(strokes(1)[0][0, 0]))
+    rows = {"image": [str(path)] * 2, "label": ["a", "b"]}
+    assert refused(learner, rows).startswith("image[0]: text is no base64")
+    many = {"image": ["x"] * 257, "label": ["a", "b", *[None] * 255]}
+    assert refused(learner, many) == "257 images, more than the 256 of a request"
+
+
+def test_a_learner_of_a_number_of_ways_says_so(tmp_path):
+    save_learner(
+        tiny_given("learner=maml", "data.n_way=5", "data.train_n_way=5"), tmp_path / "learner.pt"
+    )
+    served = serving_learner._load_pyfunc(str(tmp_path / "learner.pt"))
+    images, cells, _ = task(1, 1)
+    with pytest.raises(UserError, match="3 classes, but this MAML was trained for 5"):
+        served.predict({"image": images, "label": cells})
+
+
 class Hostile:
     def __reduce__(self):
         return (Path("owned").touch, ())
@@ -177,7 +275,15 @@ class Hostile:
 )
 def test_a_pickle_in_place_of_the_file_is_not_run(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write({"photo_classifier": Hostile()}, tmp_path / "classifier.pt")
+    write({"photo_classifier": Hostile(), "learner": Hostile()}, tmp_path / "classifier.pt")
     with pytest.raises(UserError, match="not a readable classifier"):
         _load_pyfunc(str(tmp_path / "classifier.pt"))
+    with pytest.raises(UserError, match="not a readable learner"):
+        serving_learner._load_pyfunc(str(tmp_path / "classifier.pt"))
     assert not Path("owned").exists()
+
+
+def test_one_kind_of_file_is_not_the_other(model, tmp_path):
+    file = saved(model.classifier, tmp_path)
+    with pytest.raises(UserError, match="was not written by this pipeline"):
+        serving_learner._load_pyfunc(str(file))

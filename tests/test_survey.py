@@ -59,9 +59,7 @@ def test_the_table_of_the_docs_is_whole_and_the_yamls_agree_with_it():
     )
     floor = float(figures["pixel floor"][first].partition(" ")[0])
     wanted = {
-        f"`{path.stem}`": path
-        for path in CONF.glob("learner/*.yaml")
-        if path.stem not in UNTRAINED
+        f"`{path.stem}`": path for path in CONF.glob("learner/*.yaml") if path.stem not in UNTRAINED
     }
     wanted |= {
         f"`baseline` `head={path.stem}`": path

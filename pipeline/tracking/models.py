@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.classifier import Estimate, PhotoClassifier
+    from pipeline.trained import Given
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NEEDED = ("mlflow", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core",
@@ -98,6 +99,38 @@ def log_photo_classifier(
         outputs=outputs,
         tags=_facts(classifier.provenance) | facts,
         text=text,
+    )
+    return _log(run, card, file, name, alias)
+
+
+def log_learner(
+    run: Run, given: "Given", file: Path, name: str | None, alias: str | None = "champion"
+) -> str | None:
+    """The same of a learner that is adapted by each request; `pipeline.serving_learner` loads it.
+
+    Args:
+        run: open.
+        given: what the file holds.
+        file: written by `save_learner`.
+        name: see `log_photo_classifier`.
+        alias: see `log_photo_classifier`.
+
+    Returns:
+        See `log_photo_classifier`.
+    """
+    import torch
+
+    photo = as_text(torch.zeros(given.photo_shape, dtype=torch.uint8))
+    other = as_text(torch.full(given.photo_shape, 255, dtype=torch.uint8))
+    card = _Card(
+        kind="learner",
+        loader="pipeline.serving_learner",
+        learner=given.learner,
+        example={"image": [photo, other, photo], "label": ["black", "white", ""]},
+        outputs={"class": "string", "confidence": "double"},
+        tags=_facts(given.provenance),
+        text=f"{_provenance(given.provenance)}: adapts to the photos that have a label, and "
+        "classifies those that have none.",
     )
     return _log(run, card, file, name, alias)
 
