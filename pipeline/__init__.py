@@ -7,9 +7,9 @@ Floor 4, runs: compose, signature, keys, sources, trainer and config (configurat
     saw, which no test may hold), processes (of one run), reporting (what a run leaves behind),
     inside (pictures of what a tested learner does), trained (a learner to use), classifier (it,
     adapted to photos), adapted (what that leaves behind), serving and serving_learner
-    (what MLflow runs of them), contact_sheet, tested, leaderboard, sections, html, pages (from
-    tested runs to a report), plan, overview (of a survey), tracking (MLflow; nothing else imports
-    it).
+    (what MLflow runs of them), onnx_export, contact_sheet, tested, leaderboard, sections, html,
+    pages (from tested runs to a report), plan, overview (of a survey), tracking (MLflow; nothing
+    else imports it).
 Floor 3, learning: learners (support set to classifier, Lightning modules), progress.
 Floor 2, loading: data.loaders, data.datamodule (three class-disjoint splits to three loaders),
     data.regression (a family of functions to the same).

@@ -50,6 +50,7 @@ FLOORS = {
         "adapted",
         "serving",
         "serving_learner",
+        "onnx_export",
         "reporting",
         "inside",
         "tested",
