@@ -3,8 +3,9 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def export_onnx(classifier: PhotoClassifier, path: Path) -> float:
     Its input `photos` is uint8 (n, C, S, S), for any n; preprocessing is within. Its outputs are
     `probabilities` (n, classes) and `score` (n,), the largest logit. Class names, temperature,
     the score below which a photo looks like none of the classes, and how photos are cut to S are
-    in the file's properties (`metadata_props`).
+    in the file's properties (`metadata_props`). It holds no photo.
 
     Returns:
         The largest difference of a probability, below `TOLERANCE`, on random and support photos.
@@ -70,7 +71,9 @@ def export_onnx(classifier: PhotoClassifier, path: Path) -> float:
     onnx.checker.check_model(proto)
     data = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    difference = _difference(module, lambda x: session.run(None, {"photos": x.numpy()}), "ONNX")
+    photos = classifier.support
+    run = partial(session.run, None)
+    difference = _difference(module, lambda x: run({"photos": x.numpy()}), photos, "ONNX")
     path.write_bytes(data)
     return difference
 
@@ -91,7 +94,8 @@ def export_program(classifier: PhotoClassifier, path: Path) -> float:
         torch.export.save(program, path)
         loaded = torch.export.load(path).module()
     try:
-        return _difference(module, lambda x: [y.numpy() for y in loaded(x)], "torch.export")
+        said = partial(map, Tensor.numpy)
+        return _difference(module, lambda x: said(loaded(x)), classifier.support, "torch.export")
     except UserError:
         path.unlink()
         raise
@@ -135,9 +139,10 @@ def _program(classifier: PhotoClassifier) -> tuple[_Answers, torch.export.Export
     own = copy.deepcopy(classifier)
     own._adapted = None
     module = _Answers(own.cpu().eval())
-    example = own.support[:2]
+    example = torch.zeros(2, *own.image_shape, dtype=torch.uint8)
     with torch.no_grad(), _quiet("torch.export"):
         module(example)  # adapts, and fills caches that tracing must not fill
+        own.support = own.support[:0].clone()  # adapted, it needs no photo: none is in the file
         shapes = {"photos": {0: torch.export.Dim("n", min=1)}}
         program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     if any("_batch_dim" in str(node.target) for node in program.graph.nodes):
@@ -165,19 +170,19 @@ def _quiet(what: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def _difference(
-    module: _Answers, file: Callable[[Tensor], Sequence[np.ndarray]], what: str
+    module: _Answers, file: Callable[[Tensor], Iterable[np.ndarray]], photos: Tensor, what: str
 ) -> float:
     """The largest difference of a probability, on support and random photos, many and one.
 
     Raises:
         UserError: if it, or that of a score, is above `TOLERANCE`.
     """
-    support = module.classifier.support
-    random = np.random.default_rng(0).integers(0, 256, (7, *support.shape[1:]), np.uint8)
+    random = np.random.default_rng(0).integers(0, 256, (7, *photos.shape[1:]), np.uint8)
+    many = torch.cat([photos[:64].cpu(), torch.from_numpy(random)])
     differences = []
-    for photos in (torch.cat([support[:64], torch.from_numpy(random)]), support[-1:]):
-        expected = [each.numpy() for each in module(photos)]
-        p, score = (np.abs(a - b) for a, b in zip(file(photos), expected, strict=True))
+    for x in (many, many[:1]):
+        expected = [each.numpy() for each in module(x)]
+        p, score = (np.abs(a - b) for a, b in zip(file(x), expected, strict=True))
         relative = score / np.maximum(1, np.abs(expected[1]))
         if not (p.max() <= TOLERANCE and relative.max() <= TOLERANCE):
             raise UserError(

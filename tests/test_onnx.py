@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -52,6 +53,17 @@ def test_the_file_says_what_the_module_says(classifier, written):
             assert np.allclose(score, classifier(torch.from_numpy(photos)).amax(1), 1e-4, 1e-4)
     one = own.run(None, {"photos": strokes(1)[0][:1]})
     assert one[0].shape == (1, 3)
+
+
+def test_neither_file_holds_a_photo(classifier, written, tmp_path):
+    assert export_program(classifier, tmp_path / "classifier.pt2") <= TOLERANCE
+    photo = classifier.support[3].numpy().tobytes()
+    with ZipFile(tmp_path / "classifier.pt2") as archive:
+        parts = [archive.read(name) for name in archive.namelist()]
+    assert not any(photo in part for part in [written[0].read_bytes(), *parts])
+    classifier.save(tmp_path / "classifier.pt")
+    with ZipFile(tmp_path / "classifier.pt") as archive:
+        assert any(photo in archive.read(name) for name in archive.namelist())
 
 
 def test_the_file_knows_names_temperature_and_threshold(classifier, written):
