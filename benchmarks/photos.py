@@ -99,9 +99,8 @@ class Bank:
         order = random.permutation(self.classes)
 
         def of(chosen: np.ndarray, number: int) -> Tensor:
-            picked = [
-                random.choice(np.flatnonzero(self.labels == c), number, False) for c in chosen
-            ]
+            own = [np.flatnonzero((self.labels == c) & (self.row >= 0)) for c in chosen]
+            picked = [random.choice(images, number, False) for images in own]
             return self.z[self.row[np.array(picked)]]  # (classes, number, d)
 
         known = of(order[:ways], shots + QUERIES)
@@ -177,7 +176,7 @@ def main(overrides: list[str]) -> None:
         random = np.random.default_rng(0)
         found = [task(bank, random, ways, shots) for _ in range(TASKS)]
         numbers = np.array([o[:9] for o in found], dtype=float)
-        means = 100 * np.nanmean(numbers, axis=0)
+        means = 100 * np.nanmean(numbers, axis=0) if shots > 1 else 100 * numbers.mean(0)
         rows.append([f"{ways}-way {shots}-shot", *(f"{m:.1f}" for m in means)])
         if (ways, shots) == (8, 5):
             pictured = found

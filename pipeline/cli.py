@@ -22,6 +22,7 @@ COMMANDS = {
     "register": "put a meta-learner into MLflow's registry, to adapt when it is asked",
     "report": "compare tested runs: leaderboard, paired differences, plots, one HTML page",
     "survey": "train and test every learner with one budget: the table of docs/learners.md",
+    "demo": "a page in the browser to try a learner on your own photos",
     "ui": "open the MLflow UI on the tracked runs",
 }
 

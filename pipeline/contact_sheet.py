@@ -149,11 +149,18 @@ def _thumbnails(
     out = np.empty((len(paths), channels, side, side), dtype=np.uint8)
     small = partial(fit, channels=channels, size=side)
     for i in decode_each(out, entries, small, "thumbnails", None):
-        pixels = images[i]
-        out[i] = from_array(
-            pixels[0] if channels == 1 else pixels.transpose(1, 2, 0), channels, side
-        )
+        out[i] = _resized(images[i], side)
     return [_jpeg(image) for image in out]
+
+
+def thumbnail(image: np.ndarray, side: int) -> str:
+    """Address that holds a JPEG of an image (C, S, S) uint8, `side` pixels wide and high."""
+    return _jpeg(_resized(image, side))
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)  # (H, W, C)
+    return from_array(pixels, len(image), side)
 
 
 def _jpeg(image: np.ndarray) -> str:

@@ -75,9 +75,21 @@ ROOT: dict[str, dict[str, Any]] = {
         "experiment_name": Annotated[str, MinLen(1)],
         "out": str | None,
     },
+    "demo": {
+        "run": str | None,
+        "checkpoint": str | None,
+        "image_size": Annotated[int, Ge(8), Le(1024)] | None,
+        "reject": Annotated[float, Ge(0), Lt(1)],
+        "host": Annotated[str, MinLen(1)],
+        "port": Annotated[int, Ge(1), Le(65535)],
+        "max_classes": Annotated[int, Ge(2), Le(50)],
+        "max_photos": Annotated[int, Ge(1), Le(1000)],
+        "max_mb": Annotated[int, Ge(1), Le(64)],
+    },
     "ui": {"port": Annotated[int, Ge(1), Le(65535)]},
 }
 """Keys of the commands that belong to no group."""
 GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
           "adapt": {"backbone", "head"}, "register": {"backbone", "head"},
+          "demo": {"backbone", "head"},
            "report": set(), "survey": set(), "ui": set()}  # fmt: skip

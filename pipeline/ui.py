@@ -1,5 +1,6 @@
 """`python -m pipeline.ui`: the MLflow UI on the tracked runs. Floor 5."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -25,7 +26,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     uri = store.tracking_uri()
     if uri.startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI: {uri} is a server; open that address in a browser")
-    _check_port(cfg.port)
+    check_port(cfg.port)
     client = store.connect()
     experiments = client.search_experiments(order_by=["last_update_time DESC"])
     newest = next((e for e in experiments if e.name != "Default"), experiments[0])
@@ -53,14 +54,25 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     )
 
 
-def _check_port(port: object) -> None:
+def check_port(port: object, host: str = "127.0.0.1") -> None:
+    """Refuse a port that cannot be listened at.
+
+    Raises:
+        UserError: naming the port, or the host if there is no such address here.
+    """
     if not isinstance(port, int) or not 1 <= port <= 65535:
         raise UserError(f"port: found {port!r}, allowed are 1 to 65535")
-    with socket.socket() as probe:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"host: {host} is no address ({error.strerror})") from error
+    with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(f"host: {host} is no address of this machine") from error
             raise UserError(
                 f"port: {port} is taken ({error.strerror}); try port={port + 1}"
             ) from error

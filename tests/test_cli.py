@@ -59,7 +59,7 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    names = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "ui"]
+    names = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "demo", "ui"]
     assert commands == [f"pipeline.{name}" for name in names]
     for command in commands:
         seconds = []
@@ -116,6 +116,8 @@ def test_help_imports_nothing_heavy():
         ("pipeline.train also_test=[digits", ["also_test=[digits: "]),
         ("pipeline.train also_test=[{data:omniglot,rooot:x}]", ["also_test: Key 'rooot' is not in"]),
         ("pipeline.evaluate run=abc learner=maml", ["learner=maml: evaluate takes no learner"]),
+        ("pipeline.adapt learner=maml", ["learner=maml: adapt takes no learner"]),
+        ("pipeline.demo learner=maml", ["learner=maml: demo takes no learner"]),
         ("pipeline.evaluate run=abc data=digits", ["data=digits: write +data=digits"]),
         ("pipeline.evaluate run=", ["run, checkpoint: found run=, checkpoint=None; give one"]),
         ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
@@ -176,9 +178,10 @@ def test_readme_commands_compose():
     from pipeline.compose import compose_config
     from pipeline.study import settings
 
-    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|adapt|report) ?(.*)$"
+    pattern = r"^ {4}python -m pipeline\.(train|sweep|evaluate|adapt|report|demo) ?(.*)$"
     lines = re.findall(pattern, README, re.MULTILINE)
-    assert {command for command, _ in lines} == {"train", "sweep", "evaluate", "adapt", "report"}
+    named = {"train", "sweep", "evaluate", "adapt", "report", "demo"}
+    assert {command for command, _ in lines} == named
     for command, rest in lines:
         overrides = rest.split("#")[0].split()
         cfg = compose_config(command, overrides)

@@ -30,7 +30,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag == "figure":
-            self.figures.append((dict(attrs)["class"] or "", ""))
+            self.figures.append((dict(attrs).get("class") or "", ""))
 
     def handle_data(self, data: str) -> None:
         self.text += data

@@ -59,6 +59,8 @@ FLOORS = {
         "html",
         "pages",
         "contact_sheet",
+        "trial",
+        "uploads",
         "plan",
         "overview",
         "tracking.*",
@@ -72,6 +74,8 @@ FLOORS = {
         "register",
         "report",
         "survey",
+        "demo",
+        "demo_page",
         "ui",
         "cli",
         "__main__",
@@ -86,8 +90,9 @@ ALLOWED = {  # library -> the floors or modules that may import it
     "matplotlib": {"figures", "inside_figures"},
     "plotly": {"plots", "pages"},
     "scipy": {"paired"},
+    "gradio": {"demo", "demo_page"},
 }
-LIGHT = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "ui", "cli", "compose", "processes", "__main__",
+LIGHT = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
          "__init__"]  # fmt: skip
 
 
