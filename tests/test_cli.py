@@ -116,7 +116,7 @@ def test_help_imports_nothing_heavy():
         ("pipeline.train also_test=[digits", ["also_test=[digits: "]),
         ("pipeline.train also_test=[{data:omniglot,rooot:x}]", ["also_test: Key 'rooot' is not in"]),
         ("pipeline.evaluate run=abc learner=maml", ["learner=maml: evaluate takes no learner"]),
-        ("pipeline.adapt learner=maml", ["learner=maml: adapt takes no learner"]),
+        ("pipeline.adapt support=x learner=maml", ["learner=maml: adapt takes no learner"]),
         ("pipeline.demo learner=maml", ["learner=maml: demo takes no learner"]),
         ("pipeline.evaluate run=abc data=digits", ["data=digits: write +data=digits"]),
         ("pipeline.evaluate run=", ["run, checkpoint: found run=, checkpoint=None; give one"]),
