@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from pipeline import sources
@@ -16,7 +15,7 @@ from pipeline.data.transforms import to_float
 from pipeline.episode import Classifier
 from pipeline.errors import UserError
 from pipeline.learners.held_out import held_out_logits
-from pipeline.trained import Given, rebuild
+from pipeline.trained import Given, as_plain, from_plain
 
 KEY = "photo_classifier"
 BATCH = 64  # photos classified at a time
@@ -186,12 +185,10 @@ class PhotoClassifier(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write one file of tensors and plain containers; `load` reads it."""
-        plain = {
+        plain = as_plain(Given(self.learner, self.cfg, self.provenance)) | {
             "class_names": list(self.class_names),
             "temperature": self.temperature,
             "reject": self.reject,
-            "provenance": self.provenance,
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
         }
         torch.save({KEY: plain, "state_dict": self.state_dict()}, path)
 
@@ -204,10 +201,8 @@ class PhotoClassifier(nn.Module):
         """
         file = read_file(path, KEY, "classifier")
         plain, state = file[KEY], file["state_dict"]
-        cfg = OmegaConf.create(plain["config"])
-        given = Given(rebuild(cfg), cfg, plain["provenance"])
         photos = state["support"], state["support_y"]
-        classifier = cls(given, *photos, plain["class_names"], plain["reject"])
+        classifier = cls(from_plain(plain), *photos, plain["class_names"], plain["reject"])
         classifier.known_scores = torch.zeros_like(state["known_scores"])
         classifier.load_state_dict(state)
         classifier.temperature = plain["temperature"]

@@ -19,6 +19,7 @@ COMMANDS = {
     "sweep": "search for the values that validate best, with workers side by side",
     "evaluate": "score a trained run on the fixed test episodes, or on other data",
     "adapt": "make a classifier out of a few photos a class, and classify others",
+    "register": "put a meta-learner into MLflow's registry, to adapt when it is asked",
     "report": "compare tested runs: leaderboard, paired differences, plots, one HTML page",
     "survey": "train and test every learner with one budget: the table of docs/learners.md",
     "demo": "a page in the browser to try a learner on your own photos",

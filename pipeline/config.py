@@ -77,7 +77,9 @@ def check_root(cfg: DictConfig, command: str) -> None:
     Raises:
         UserError: one line for each problem.
     """
-    problems = list(_root_problems(cfg, command))
+    missing = sorted(str(key) for key in cfg if OmegaConf.is_missing(cfg, key))
+    problems = [f"{key}: needs a value (none is given)" for key in missing]
+    problems += _root_problems(cfg, command)
     for group in sorted(GROUPS[command] & cfg.keys()):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             problems.append(f"{group}: found {', '.join(cfg[group])} alone; name the {group} too")

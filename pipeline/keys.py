@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt, MinLen
 
-from pipeline.annotations import PositiveInt, Published, PublishedError, Ways
+from pipeline.annotations import ModelAlias, ModelName, PositiveInt, Published, PublishedError, Ways
 
 ROOT: dict[str, dict[str, Any]] = {
     "train": {
@@ -39,8 +39,16 @@ ROOT: dict[str, dict[str, Any]] = {
         "skip_bad": bool,
         "reject": Annotated[float, Ge(0), Lt(1)],
         "out": str | None,
-        "name": Annotated[str, MinLen(1)] | None,
-        "alias": Annotated[str, MinLen(1)] | None,
+        "name": ModelName | None,
+        "alias": ModelAlias | None,
+        "experiment_name": Annotated[str, MinLen(1)],
+    },
+    "register": {
+        "run": str | None,
+        "checkpoint": str | None,
+        "image_size": Annotated[int, Ge(8), Le(1024)] | None,
+        "name": ModelName,
+        "alias": ModelAlias | None,
         "experiment_name": Annotated[str, MinLen(1)],
     },
     "report": {
@@ -82,5 +90,6 @@ ROOT: dict[str, dict[str, Any]] = {
 }
 """Keys of the commands that belong to no group."""
 GROUPS = {"train": {"data", "learner", "backbone", "trainer"}, "evaluate": {"data", "head"},
-          "adapt": {"backbone", "head"}, "demo": {"backbone", "head"},
+          "adapt": {"backbone", "head"}, "register": {"backbone", "head"},
+          "demo": {"backbone", "head"},
            "report": set(), "survey": set(), "ui": set()}  # fmt: skip

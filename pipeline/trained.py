@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from pipeline import checkpoints, config, sources
@@ -17,6 +18,7 @@ from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.with_head import WithHead
 from pipeline.tracking.store import find_checkpoint
 
+KEY = "learner"
 DEFAULT_SIZE = 224  # px of photos, without a run
 
 
@@ -101,6 +103,35 @@ def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
 def _described(learner: MetaLearner, cfg: DictConfig) -> dict[str, Any]:
     network = config.backbone_label(cfg)
     return {"learner": learner.label, "backbone": network, "protocol": learner.protocol}
+
+
+def as_plain(given: Given) -> dict[str, Any]:
+    """All but the weights, as plain containers."""
+    config = OmegaConf.to_container(given.cfg, resolve=True)
+    return {"provenance": given.provenance, "config": config}
+
+
+def from_plain(plain: dict[str, Any]) -> Given:
+    """What `as_plain` was given, weights to follow."""
+    cfg = OmegaConf.create(plain["config"])
+    return Given(rebuild(cfg), cfg, plain["provenance"])
+
+
+def save_learner(given: Given, path: Path) -> None:
+    """Write one file of tensors and plain containers; `load_learner` reads it."""
+    torch.save({KEY: as_plain(given), "state_dict": given.learner.state_dict()}, path)
+
+
+def load_learner(path: Path) -> Given:
+    """Read what `save_learner` wrote. Nothing in the file is executed.
+
+    Raises:
+        UserError: if it is no such file.
+    """
+    file = checkpoints.read_file(path, KEY, "learner")
+    given = from_plain(file[KEY])
+    given.learner.load_state_dict(file["state_dict"])
+    return given
 
 
 def rebuild(cfg: DictConfig) -> MetaLearner:

@@ -59,7 +59,7 @@ def test_commands_are_listed_and_help_is_quick(shell):
     listed = shell("pipeline")
     assert listed.returncode == 0
     commands = re.findall(r"python -m (pipeline\.\w+)", listed.stdout)
-    names = ["train", "sweep", "evaluate", "adapt", "report", "survey", "demo", "ui"]
+    names = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "demo", "ui"]
     assert commands == [f"pipeline.{name}" for name in names]
     for command in commands:
         seconds = []
@@ -116,12 +116,18 @@ def test_help_imports_nothing_heavy():
         ("pipeline.train also_test=[digits", ["also_test=[digits: "]),
         ("pipeline.train also_test=[{data:omniglot,rooot:x}]", ["also_test: Key 'rooot' is not in"]),
         ("pipeline.evaluate run=abc learner=maml", ["learner=maml: evaluate takes no learner"]),
-        ("pipeline.adapt learner=maml", ["learner=maml: adapt takes no learner"]),
+        ("pipeline.adapt support=x learner=maml", ["learner=maml: adapt takes no learner"]),
         ("pipeline.demo learner=maml", ["learner=maml: demo takes no learner"]),
         ("pipeline.evaluate run=abc data=digits", ["data=digits: write +data=digits"]),
         ("pipeline.evaluate run=", ["run, checkpoint: found run=, checkpoint=None; give one"]),
         ("pipeline.evaluate", ["run, checkpoint: found run=None, checkpoint=None; give one of them"]),
         ("pipeline.evaluate checkpoint=none.ckpt", ["checkpoint: no file none.ckpt"]),
+        ("pipeline.adapt data=glyphs support=x", ["data=glyphs: adapt takes no data"]),
+        ("pipeline.adapt support=x name=a/b alias=v1",
+         ["name: found 'a/b'; the name of a model has no / and", "alias: found 'v1'; an alias has"]),
+        ("pipeline.register", ["name: needs a value (none is given)"]),
+        ("pipeline.register run=typo name=x", ["run: no run 'typo' in sqlite:///"]),
+        ("pipeline.register run=a checkpoint=b name=x", ["run, checkpoint: found both, a and b;"]),
         ("pipeline.report experiment=typo", ["experiment: no experiment 'typo' in sqlite:///"]),
         ("pipeline.report runs=[typo]", ["run: no run 'typo' in sqlite:///"]),
         ("pipeline.report study=typo", ["study: no study 'typo' in sqlite:///"]),

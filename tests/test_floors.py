@@ -48,6 +48,9 @@ FLOORS = {
         "trained",
         "classifier",
         "adapted",
+        "serving",
+        "serving_learner",
+        "onnx_export",
         "reporting",
         "inside",
         "tested",
@@ -68,6 +71,7 @@ FLOORS = {
         "study.*",
         "evaluate",
         "adapt",
+        "register",
         "report",
         "survey",
         "demo",
@@ -88,7 +92,7 @@ ALLOWED = {  # library -> the floors or modules that may import it
     "scipy": {"paired"},
     "gradio": {"demo", "demo_page"},
 }
-LIGHT = ["train", "sweep", "evaluate", "adapt", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
+LIGHT = ["train", "sweep", "evaluate", "adapt", "register", "report", "survey", "demo", "ui", "cli", "compose", "processes", "__main__",
          "__init__"]  # fmt: skip
 
 

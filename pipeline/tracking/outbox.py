@@ -37,23 +37,26 @@ class Outbox:
         if self._away:  # of the run that this process resumes: now it is ours
             _write(self.journal, [self._head, *_read(self.journal)[1]])
 
-    def send(self, record: Record, now: bool = False) -> None:
+    def send(self, record: Record, now: bool = False) -> Any:
         """Deliver a record after all that were kept, or keep it.
 
         While the server is away it is tried once a minute, or at once with `now`.
+
+        Returns:
+            What `perform` returns; None if it was not delivered.
         """
         if self._away and not now and time.monotonic() < self._next_try:
             self._keep(record)
-            return
+            return None
         try:
             self._deliver_kept()
-            perform(self.client, self.run_id, record)
+            return perform(self.client, self.run_id, record)
         except Exception as error:  # tracking must not stop training, whatever the store raises
             if _refused(error):
                 if record["kind"] not in self.refused:
                     print(_refusal(record, error), file=sys.stderr)
                     self.refused.add(record["kind"])
-                return
+                return None
             if not self._away:
                 print(
                     f"tracking: {self.uri} does not answer ({_reason(error)}); training goes on, "
@@ -62,6 +65,7 @@ class Outbox:
                 )
             self._away, self._next_try = True, time.monotonic() + RETRY_SECONDS
             self._keep(record)
+            return None
 
     def _deliver_kept(self) -> None:
         if not self._away:
@@ -72,10 +76,11 @@ class Outbox:
 
     def _keep(self, record: Record) -> None:
         self.journal.parent.mkdir(parents=True, exist_ok=True)
-        if record["kind"] == "file":
+        if record["kind"] in ("file", "model"):
             kept = self.files / f"{time.monotonic_ns()}" / Path(record["path"]).name
             kept.parent.mkdir(parents=True)
-            shutil.copy2(record["path"], kept)
+            copy = shutil.copy2 if record["kind"] == "file" else shutil.copytree
+            copy(record["path"], kept)
             record = record | {"path": str(kept)}
         with self.journal.open("a") as file:
             lines = [record] if file.tell() else [self._head, record]
@@ -168,8 +173,8 @@ def _alive(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def perform(client: "MlflowClient", run_id: str, record: Record) -> None:
-    """Make the MLflow call that a record stands for."""
+def perform(client: "MlflowClient", run_id: str, record: Record) -> str | None:
+    """Make the MLflow call that a record stands for; returns the URI of a model."""
     from mlflow import entities
 
     match record["kind"]:
@@ -188,6 +193,10 @@ def perform(client: "MlflowClient", run_id: str, record: Record) -> None:
             client.log_batch(run_id, tags=tags)
         case "file":
             client.log_artifact(run_id, record["path"], record["to"] or None)
+        case "model":
+            from pipeline.tracking.models import upload
+
+            return upload(client, run_id, record)
         case "table":
             client.log_table(run_id, record["columns"], record["to"])
         case "dataset":
@@ -198,3 +207,4 @@ def perform(client: "MlflowClient", run_id: str, record: Record) -> None:
             client.set_terminated(run_id, record["status"], record["time"])
         case kind:
             raise ValueError(f"unknown record {kind!r}")
+    return None

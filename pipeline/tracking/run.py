@@ -102,6 +102,22 @@ class Run:
             file.write_text(text)
             self.log_file(file, str(Path(path).parent))
 
+    def log_model(
+        self,
+        folder: Path,
+        tags: Mapping[str, str],
+        description: str,
+        name: str | None,
+        alias: str | None,
+    ) -> str | None:
+        """A folder as MLflow writes models, named as the folder, registered if `name` is given.
+
+        Returns:
+            Its URI; None if it could not be sent now.
+        """
+        registered = {"description": description, "name": name, "alias": alias}
+        return self._send("model", path=str(folder), tags=dict(tags), now=True, **registered)
+
     def log_dataset(
         self, name: str, fingerprint: str, source: str, context: str, profile: Mapping[str, Any]
     ) -> None:
@@ -134,10 +150,10 @@ class Run:
             return f"run {self.run_id}: {uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"run {self.run_id}; make ui (or python -m pipeline.ui) opens it in MLflow"
 
-    def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
+    def _send(self, kind: str, now: bool = False, **fields: Any) -> Any:
         try:
             with self._one_at_a_time:
-                self._outbox.send({"kind": kind, **fields}, now=now)
+                return self._outbox.send({"kind": kind, **fields}, now=now)
         except OSError as error:  # the store is away and the disk does not take it either
             if not self._lost:
                 print(f"tracking: {kind} lost, cannot be kept ({error})", file=sys.stderr)
@@ -154,7 +170,7 @@ class NoRun(Run):
         """That there is no run."""
         return "not tracked: a checkpoint file belongs to no run; run=RUN_ID does"
 
-    def _send(self, kind: str, now: bool = False, **fields: Any) -> None:
+    def _send(self, kind: str, now: bool = False, **fields: Any) -> Any:
         pass
 
 
