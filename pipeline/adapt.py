@@ -32,6 +32,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.data.photos import read_queries, read_support
     from pipeline.engine import keep_freed_memory
     from pipeline.progress import scoring
+    from pipeline.tracking.models import log_photo_classifier
     from pipeline.tracking.run import tracked_run
     from pipeline.trained import given_learner
 
@@ -61,9 +62,13 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         out = _folder(cfg.out, tracked.run_id)
         adapted.write(out)
         adapted.say()
+        adapted.export(out, cfg.export)
         adapted.track(tracked, out)
-        if cfg.name:
-            print(adapted.register(tracked, out, cfg.name, cfg.alias))
+        file = out / "classifier.pt"
+        model = log_photo_classifier(tracked, classifier, file, estimate, cfg.name, cfg.alias)
+        if model and cfg.name:
+            moved = f", models:/{cfg.name}@{cfg.alias}" if cfg.alias else ""
+            print(f"registered as {model}{moved}")
         print(f"written to {out}; {tracked.where()}")
     numbers = adapted.numbers()
     return {"run_id": tracked.run_id, "out": out, **numbers}

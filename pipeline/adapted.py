@@ -16,6 +16,7 @@ from pipeline.calibration import reliability, wilson_interval
 from pipeline.classifier import BATCH, Estimate, PhotoClassifier, Predictions
 from pipeline.contact_sheet import Shown, contact_sheet
 from pipeline.data.photos import Photos
+from pipeline.errors import UserError
 from pipeline.figures import inner_loop_figure
 from pipeline.functional import principal_components
 from pipeline.inside_figures import Embedded, embedding_figure, reliability_figure
@@ -135,6 +136,19 @@ class Adapted:
         ]
         page = contact_sheet(rows, "What the photos show", self.about(), self.support)
         (out / "predictions.html").write_text(page, encoding="utf-8")
+
+    def export(self, out: Path, forms: Sequence[str]) -> None:
+        """Files that run without this package; one that cannot be made gets a line."""
+        from pipeline.onnx_export import export_onnx, export_program
+
+        for form in forms:
+            write = {"onnx": export_onnx, "pt2": export_program}[form]
+            path = out / f"classifier.{form}"
+            try:
+                off = write(self.classifier, path)
+                print(f"{path.name}: probabilities differ from the module's by {off:.0e} at most")
+            except UserError as error:
+                print(f"export: {error}", file=sys.stderr)
 
     @property
     def labels(self) -> np.ndarray:

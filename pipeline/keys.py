@@ -39,6 +39,7 @@ ROOT: dict[str, dict[str, Any]] = {
         "skip_bad": bool,
         "reject": Annotated[float, Ge(0), Lt(1)],
         "out": str | None,
+        "export": list[Literal["onnx", "pt2"]],
         "name": ModelName | None,
         "alias": ModelAlias | None,
         "experiment_name": Annotated[str, MinLen(1)],
