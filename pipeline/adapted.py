@@ -80,10 +80,11 @@ class Adapted:
             lines.append("transductive: what is said of a photo depends on those beside it")
         if estimate.photos:
             low, high = (100 * bound for bound in estimate.interval)
+            more = "; with all of them it should be a little higher" * (estimate.accuracy < 1)
             lines.append(
                 f"expected accuracy {100 * estimate.accuracy:.0f} % ({low:.0f} to {high:.0f} %): "
                 f"{estimate.correct.sum()} of {estimate.photos} photos were right when left out in "
-                "turn; with all of them it should be a little higher"
+                f"turn{more}"
             )
         else:
             lines.append("expected accuracy unknown: no class has two photos, to leave one out")
