@@ -162,9 +162,9 @@ class Adapted:
         for photos in (self.support, self.query):
             bad = photos.bad if photos else []
             for line in bad[:LINES]:
-                print(f"left out: {line}")
+                print(f"not read: {line}")
             if len(bad) > LINES:
-                print(f"left out: {len(bad) - LINES} more")
+                print(f"not read: {len(bad) - LINES} more")
         for line in self.about():
             print(line)
         for row in self.held_out().query("not right").head(LINES).to_dict("records"):
