@@ -202,7 +202,8 @@ class PhotoClassifier(nn.Module):
         file = read_file(path, KEY, "classifier")
         plain, state = file[KEY], file["state_dict"]
         photos = state["support"], state["support_y"]
-        classifier = cls(from_plain(plain), *photos, plain["class_names"], plain["reject"])
+        given = from_plain(plain, path)
+        classifier = cls(given, *photos, plain["class_names"], plain["reject"])
         classifier.known_scores = torch.zeros_like(state["known_scores"])
         classifier.load_state_dict(state)
         classifier.temperature = plain["temperature"]

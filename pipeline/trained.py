@@ -111,9 +111,13 @@ def as_plain(given: Given) -> dict[str, Any]:
     return {"provenance": given.provenance, "config": config}
 
 
-def from_plain(plain: dict[str, Any]) -> Given:
-    """What `as_plain` was given, weights to follow."""
-    cfg = OmegaConf.create(plain["config"])
+def from_plain(plain: dict[str, Any], path: Path) -> Given:
+    """What `as_plain` was given, weights to follow; found in the file `path`.
+
+    Raises:
+        UserError: see `checkpoints.stored_config`.
+    """
+    cfg = checkpoints.stored_config(plain["config"], path)
     return Given(rebuild(cfg), cfg, plain["provenance"])
 
 
@@ -129,7 +133,7 @@ def load_learner(path: Path) -> Given:
         UserError: if it is no such file.
     """
     file = checkpoints.read_file(path, KEY, "learner")
-    given = from_plain(file[KEY])
+    given = from_plain(file[KEY], path)
     given.learner.load_state_dict(file["state_dict"])
     return given
 

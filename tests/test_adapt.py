@@ -22,6 +22,7 @@ from pipeline.data.photos import read_support
 from pipeline.errors import UserError
 from pipeline.tracking import store
 from pipeline.trained import given_learner
+from tests.tiny import saved, tiny_classifier
 
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200),
            (240, 240, 240), (10, 10, 10), (120, 120, 120), (250, 140, 20), (90, 40, 10), (180, 220, 120),
@@ -245,6 +246,26 @@ def test_a_hostile_classifier_or_checkpoint_is_refused(runs_folder, tmp_path, mo
     with pytest.raises(UserError, match=r"checkpoint: .*b.ckpt is not a readable"):
         adapted(support, f"checkpoint={tmp_path / 'b.ckpt'}")
     assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["shutil.copytree", "pipeline.checkpoints.shutil.copytree", "pipeline.data.files.scan"],
+)
+def test_a_configuration_that_calls_something_else_is_refused(target, tmp_path):
+    """`weights_only=True` lets plain containers through, and Hydra calls what they name."""
+    (tmp_path / "from").mkdir()
+    file = saved(tiny_classifier(), tmp_path)
+    content = torch.load(file, weights_only=True)
+    call = {"_target_": target, "src": str(tmp_path / "from"), "dst": str(tmp_path / "to")}
+    config = content["photo_classifier"]["config"]
+    config["backbone"]["width"] = call
+    torch.save(content | {"pipeline": {"config": config}}, file)  # also a checkpoint
+    with pytest.raises(UserError, match=rf"names '{target}', which is no part .* nothing was run"):
+        PhotoClassifier.load(file)
+    with pytest.raises(UserError, match="which is no part"):
+        adapted(f"support={tmp_path}", f"checkpoint={file}")
+    assert not (tmp_path / "to").exists()
 
 
 def test_the_temperature_is_that_of_photos_left_out(tmp_path, network):
