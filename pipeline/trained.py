@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -20,6 +21,8 @@ from pipeline.tracking.store import find_checkpoint
 
 KEY = "learner"
 DEFAULT_SIZE = 224  # px of photos, without a run
+IMAGENET = ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
+"""Of its pixels, as torchvision's weights expect them."""
 
 
 def open_run(run_id: str) -> tuple[MetaLearner, EpisodeLoaders]:
@@ -88,6 +91,8 @@ def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
     """A frozen network under a head, nothing trained."""
     side = cfg.image_size or DEFAULT_SIZE
     fixed = ["learner=frozen", "data=image_folder", "data.root=photos"]
+    if not hasattr(hydra.utils.get_object(cfg.backbone._target_), "standardises"):
+        fixed += IMAGENET
     whole = compose_config("train", [*fixed, f"data.image_shape=[3,{side},{side}]"])
     whole.backbone = cfg.backbone
     if head:
