@@ -22,7 +22,7 @@ from pipeline.data.photos import read_support
 from pipeline.errors import UserError
 from pipeline.tracking import store
 from pipeline.trained import given_learner
-from tests.tiny import saved, tiny_classifier
+from tests.tiny import saved, strokes, tiny_classifier
 
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200),
            (240, 240, 240), (10, 10, 10), (120, 120, 120), (250, 140, 20), (90, 40, 10), (180, 220, 120),
@@ -283,3 +283,30 @@ def test_the_temperature_is_that_of_photos_left_out(tmp_path, network):
     assert classifier.can_reject
     assert (said.known >= 1 / 13).all()
     assert json.dumps(classifier.provenance)
+
+
+def test_a_transductive_learner_sees_all_classes_in_each_part(monkeypatch):
+    """Folders come class by class; what is said of a photo must not depend on that."""
+    monkeypatch.setattr("pipeline.classifier.BATCH", 8)
+    classifier = tiny_classifier("backbone.norm=batch_stats")
+    assert classifier.learner.protocol == "transductive"
+    queries, labels = strokes(8, seed=5)
+    queries[:, :, 0, 0] = labels[:, None]  # to know them by
+    seen, forward = [], PhotoClassifier.forward
+
+    def watched(self, photos):
+        seen.append(photos[:, 0, 0, 0])
+        return forward(self, photos)
+
+    monkeypatch.setattr(PhotoClassifier, "forward", watched)
+    said = classifier.predict(queries)
+    assert [len(part) for part in seen] == [8, 8, 8]
+    assert all(len(part.unique()) == 3 for part in seen)
+    assert (said.labels == labels).mean() > 0.8, "in the order that they came"
+
+
+def test_logits_that_are_not_finite_get_one_line():
+    classifier = tiny_classifier()
+    next(classifier.learner.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"ProtoNet: its logits .* are not finite"):
+        classifier.calibrate()
