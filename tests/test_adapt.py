@@ -127,6 +127,34 @@ def test_few_and_many_classes(runs_folder, tmp_path, network, classes):
     assert result["out"] == runs_folder / "classifiers" / result["run_id"]
 
 
+def test_other_files_in_out_stay_there_and_names_are_no_markup(
+    runs_folder, tmp_path, network, capsys
+):
+    photos(tmp_path / "in", {"a": 2, "b": 1})
+    lines = ["path,label", "a/0.png,[/b]", "a/1.png,[/b]", "b/0.png,[red]"]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "in" / "predictions.csv").write_text("of an earlier call")
+    given = f"support={tmp_path / 'in' / 'labels.csv'}"
+    first = adapted(*network, given, f"out={tmp_path / 'in'}")
+    said = capsys.readouterr().out
+    assert "unknown for classes of one photo, which cannot be left out: [red]" in said
+
+    def tracked(result: dict) -> list[str]:
+        found = store.connect().list_artifacts(result["run_id"], "predictions")
+        return sorted(Path(each.path).name for each in found)
+
+    assert tracked(first) == ["held_out.csv"]
+    result = adapted(*network, given, f"query={tmp_path / 'in' / 'a'}", f"out={tmp_path / 'in'}")
+    assert "[/b]" in capsys.readouterr().out
+    assert tracked(result) == ["held_out.csv", "predictions.csv", "predictions.html"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(runs_folder, tmp_path, network):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"out: .*file cannot be written \(File exists\)"):
+        adapted(*network, tmp_path / "no photos here", f"out={tmp_path / 'file'}")
+
+
 def test_one_photo_a_class_has_no_estimate(runs_folder, tmp_path, network, capsys):
     support = photos(tmp_path / "support", {"a": 1, "b": 1})
     result = adapted(*network, support, f"query={photos(tmp_path / 'q', {'x': 2})}")
