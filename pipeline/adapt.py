@@ -1,5 +1,6 @@
 """`python -m pipeline.adapt`: from a folder of photos to a classifier. Floor 5."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,11 +33,14 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from pipeline.data.photos import read_queries, read_support
     from pipeline.engine import keep_freed_memory
     from pipeline.progress import scoring
+    from pipeline.tracking import store
     from pipeline.tracking.models import log_photo_classifier
     from pipeline.tracking.run import tracked_run
     from pipeline.trained import given_learner
 
     config.check_root(cfg, "adapt")
+    if cfg.out:
+        _made(Path(cfg.out))  # or all that follows would be for nothing
     given = given_learner(cfg)
     channels, side, _ = given.photo_shape
     support = read_support(Path(cfg.support), channels, side, cfg.skip_bad)
@@ -56,14 +60,14 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             said = classifier.predict(query.images, begin("classified", len(query.paths)))
     adapted = Adapted(classifier, support, estimate, query, said)
     facts = {**given.provenance, "classes": len(names), "photos": len(support.paths)}
-    label = f"{Path(cfg.support).name} {given.learner.label}"
+    label = f"{Path(cfg.support).expanduser().absolute().name} {given.learner.label}"
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     with tracked_run(cfg.experiment_name, label, plain, facts, resume=None) as tracked:
-        out = _folder(cfg.out, tracked.run_id)
-        adapted.write(out)
+        out = _made(Path(cfg.out) if cfg.out else store.MLRUNS / "classifiers" / tracked.run_id)
+        files = adapted.write(out)
         adapted.say()
         adapted.export(out, cfg.export)
-        adapted.track(tracked, out)
+        adapted.track(tracked, files)
         file = out / "classifier.pt"
         model = log_photo_classifier(tracked, classifier, file, estimate, cfg.name, cfg.alias)
         if model and cfg.name:
@@ -74,13 +78,16 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {"run_id": tracked.run_id, "out": out, **numbers}
 
 
-def _folder(out: str | None, run_id: str) -> Path:
-    """Where files go, made if it is not there."""
-    from pipeline.tracking import store
+def _made(folder: Path) -> Path:
+    """A folder that can be written to, made if it is not there.
 
-    folder = Path(out).expanduser().absolute() if out else store.MLRUNS / "classifiers" / run_id
+    Raises:
+        UserError: if that cannot be.
+    """
+    folder = folder.expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
     return folder

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.calibration import reliability, wilson_interval
 from pipeline.classifier import BATCH, Estimate, PhotoClassifier, Predictions
@@ -86,6 +87,10 @@ class Adapted:
                 f"{estimate.correct.sum()} of {estimate.photos} photos were right when left out in "
                 f"turn{more}"
             )
+            counts = np.bincount(self.labels, minlength=len(self.names))
+            if alone := [n for n, k in zip(self.names, counts, strict=True) if k == 1]:
+                few = ", ".join(alone[:LINES]) + ", ..." * (len(alone) > LINES)
+                lines.append(f"unknown for classes of one photo, which cannot be left out: {few}")
         else:
             lines.append("expected accuracy unknown: no class has two photos, to leave one out")
         if not self.classifier.can_reject:
@@ -118,14 +123,14 @@ class Adapted:
         }
         return pd.DataFrame(rows)
 
-    def write(self, out: Path) -> None:
-        """All files, into a folder that is there."""
+    def write(self, out: Path) -> list[Path]:
+        """All files, into a folder that is there; returns the tables and the page."""
         self.classifier.save(out / "classifier.pt")
-        self.held_out().to_csv(out / "held_out.csv", index=False)
+        self.held_out().to_csv(held_out := out / "held_out.csv", index=False)
         if self.query is None or self.said is None:
-            return
+            return [held_out]
         frame = self.predictions()
-        frame.to_csv(out / "predictions.csv", index=False)
+        frame.to_csv(predictions := out / "predictions.csv", index=False)
         rows = [
             Shown(row.path, image, row[1], row.confidence, row.looks_like_none, true)
             for row, image, true in zip(
@@ -136,7 +141,8 @@ class Adapted:
             )
         ]
         page = contact_sheet(rows, "What the photos show", self.about(), self.support)
-        (out / "predictions.html").write_text(page, encoding="utf-8")
+        (sheet := out / "predictions.html").write_text(page, encoding="utf-8")
+        return [held_out, predictions, sheet]
 
     def export(self, out: Path, forms: Sequence[str]) -> None:
         """Files that run without this package; one that cannot be made gets a line."""
@@ -186,7 +192,7 @@ class Adapted:
                 "confidence": f"{100 * row['confidence']:.0f} %",
                 "looks_like_none": none,
             }
-            table.add_row(*(str(shown[c]) for c in columns))
+            table.add_row(*(Text(str(shown[c])) for c in columns))  # names are no markup
         Console(width=None if sys.stdout.isatty() else 110).print(table)
         if len(frame) > LINES:
             print(f"and {len(frame) - LINES} more, see predictions.csv and predictions.html")
@@ -196,8 +202,8 @@ class Adapted:
             share = 100 * right / len(frame)
             print(f"right: {right} of {len(frame)}, {share:.1f} % ({low:.0f} to {high:.0f} %)")
 
-    def track(self, run: "Run", out: Path) -> None:
-        """Numbers, files and pictures, to a run."""
+    def track(self, run: "Run", files: Sequence[Path]) -> None:
+        """Numbers, the files that `write` returned, and pictures, to a run."""
         low, high = self.estimate.interval
         numbers = {f"held_out/{k}": v for k, v in (("ci95_low", low), ("ci95_high", high))}
         numbers["held_out/acc"] = self.estimate.accuracy
@@ -205,9 +211,8 @@ class Adapted:
             numbers["query/acc"] = own["query_accuracy"]
         numbers["temperature"] = self.classifier.temperature
         run.log_metrics({k: v for k, v in numbers.items() if not np.isnan(v)}, 0)
-        for path in sorted(out.iterdir()):
-            if path.suffix in (".csv", ".html"):
-                run.log_file(path, "predictions")
+        for path in files:
+            run.log_file(path, "predictions")
         for name, figure in self._figures():
             run.log_figure(figure, f"figures/{name}.png")
 

@@ -149,10 +149,18 @@ class PhotoClassifier(nn.Module):
 
         Returns:
             The accuracy to expect; a little low, as each adaptation lacks a photo.
+
+        Raises:
+            UserError: if the learner's logits are not finite.
         """
         logits, held = held_out_logits(
             self.learner, self.prepare(self.support), self.support_y, done
         )
+        if not logits.isfinite().all():
+            raise UserError(
+                f"{self.learner.label}: its logits of the support photos are not finite, so its "
+                "training ran away; train it with a lower learner.optimizer.lr"
+            )
         found = calibration(logits, held, self.support_y)
         self.temperature, self.known_scores = found.temperature, found.known_scores
         return found.estimate
@@ -168,17 +176,21 @@ class PhotoClassifier(nn.Module):
     ) -> Predictions:
         """Classify uint8 photos (n, C, H, W).
 
+        A transductive learner looks at `BATCH` of them at a time, drawn from all: folders come
+        class by class, and it would take the few classes of a part for all there are.
+
         Args:
-            photos: see `image_shape`. A transductive learner looks at `BATCH` at a time.
+            photos: see `image_shape`.
             done: told after each batch how many have been classified.
         """
-        given, logits = torch.as_tensor(photos), []
-        for i, part in enumerate(given.split(BATCH)):
-            logits.append(self(part.to(self.support.device)).float().cpu())
-            done(min(len(given), (i + 1) * BATCH))
-        if not logits:
-            logits = [torch.zeros(0, len(self.class_names))]
-        together = torch.cat(logits)
+        given, logits = torch.as_tensor(photos), [torch.zeros(0, len(self.class_names))]
+        order, count = torch.arange(len(given)), 0
+        if self.learner.protocol != "inductive":
+            order = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))
+        for part in order.tensor_split(-(-len(order) // BATCH)) if len(order) else ():
+            logits.append(self(given[part].to(self.support.device)).float().cpu())
+            done(count := count + len(part))
+        together = torch.cat(logits)[order.argsort()]
         known = conformal_p(scores(together), self.known_scores)
         rejected = known <= self.reject if self.can_reject else np.zeros(len(known), dtype=bool)
         return Predictions(together.softmax(1).numpy(), known, rejected)
@@ -202,7 +214,8 @@ class PhotoClassifier(nn.Module):
         file = read_file(path, KEY, "classifier")
         plain, state = file[KEY], file["state_dict"]
         photos = state["support"], state["support_y"]
-        classifier = cls(from_plain(plain), *photos, plain["class_names"], plain["reject"])
+        given = from_plain(plain, path)
+        classifier = cls(given, *photos, plain["class_names"], plain["reject"])
         classifier.known_scores = torch.zeros_like(state["known_scores"])
         classifier.load_state_dict(state)
         classifier.temperature = plain["temperature"]

@@ -65,15 +65,15 @@ def export_onnx(classifier: PhotoClassifier, path: Path) -> float:
             output_names=["probabilities", "score"],
             verbose=False,
         )
-    assert written is not None
-    proto = written.model_proto
-    onnx.helper.set_model_props(proto, properties(classifier))
-    onnx.checker.check_model(proto)
-    data = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    photos = classifier.support
-    run = partial(session.run, None)
-    difference = _difference(module, lambda x: run({"photos": x.numpy()}), photos, "ONNX")
+        assert written is not None
+        proto = written.model_proto
+        onnx.helper.set_model_props(proto, properties(classifier))
+        onnx.checker.check_model(proto)
+        data = proto.SerializeToString()
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        photos = classifier.support
+        run = partial(session.run, None)
+        difference = _difference(module, lambda x: run({"photos": x.numpy()}), photos, "ONNX")
     path.write_bytes(data)
     return difference
 

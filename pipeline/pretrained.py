@@ -69,7 +69,7 @@ class TimmBackbone(nn.Module):
             _load(model, name, weights)
         cfg, self.model = model.pretrained_cfg, model
         self.resize_to, self.trained_stages = resize_to, trained_stages
-        self.out_dim: int = model.num_features
+        self.out_dim: int = getattr(model, "head_hidden_size", None) or model.num_features
         for what in ("mean", "std"):
             values = torch.tensor(cfg[what]).view(1, -1, 1, 1)
             self.register_buffer(what, values, persistent=False)
@@ -154,6 +154,7 @@ def load_file(model: nn.Module, path: Path) -> None:
         if isinstance(error.__cause__ or error, pickle.UnpicklingError):
             why = "holds more than weights; refused"
         raise UserError(f"backbone.weights: {path} {why}") from error
+    given = {k: v for k, v in given.items() if isinstance(v, Tensor)}
     own = model.state_dict()
     if not own.keys() & given.keys():
         given = dict(zip(own, given.values(), strict=False))

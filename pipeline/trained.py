@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -20,6 +21,8 @@ from pipeline.tracking.store import find_checkpoint
 
 KEY = "learner"
 DEFAULT_SIZE = 224  # px of photos, without a run
+IMAGENET = ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
+"""Of its pixels, as torchvision's weights expect them."""
 
 
 def open_run(run_id: str) -> tuple[MetaLearner, EpisodeLoaders]:
@@ -88,6 +91,8 @@ def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
     """A frozen network under a head, nothing trained."""
     side = cfg.image_size or DEFAULT_SIZE
     fixed = ["learner=frozen", "data=image_folder", "data.root=photos"]
+    if not hasattr(hydra.utils.get_object(cfg.backbone._target_), "standardises"):
+        fixed += IMAGENET
     whole = compose_config("train", [*fixed, f"data.image_shape=[3,{side},{side}]"])
     whole.backbone = cfg.backbone
     if head:
@@ -111,9 +116,13 @@ def as_plain(given: Given) -> dict[str, Any]:
     return {"provenance": given.provenance, "config": config}
 
 
-def from_plain(plain: dict[str, Any]) -> Given:
-    """What `as_plain` was given, weights to follow."""
-    cfg = OmegaConf.create(plain["config"])
+def from_plain(plain: dict[str, Any], path: Path) -> Given:
+    """What `as_plain` was given, weights to follow; found in the file `path`.
+
+    Raises:
+        UserError: see `checkpoints.stored_config`.
+    """
+    cfg = checkpoints.stored_config(plain["config"], path)
     return Given(rebuild(cfg), cfg, plain["provenance"])
 
 
@@ -129,7 +138,7 @@ def load_learner(path: Path) -> Given:
         UserError: if it is no such file.
     """
     file = checkpoints.read_file(path, KEY, "learner")
-    given = from_plain(file[KEY])
+    given = from_plain(file[KEY], path)
     given.learner.load_state_dict(file["state_dict"])
     return given
 

@@ -22,6 +22,7 @@ from pipeline.data.photos import read_support
 from pipeline.errors import UserError
 from pipeline.tracking import store
 from pipeline.trained import given_learner
+from tests.tiny import saved, strokes, tiny_classifier
 
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200),
            (240, 240, 240), (10, 10, 10), (120, 120, 120), (250, 140, 20), (90, 40, 10), (180, 220, 120),
@@ -124,6 +125,34 @@ def test_few_and_many_classes(runs_folder, tmp_path, network, classes):
     result = adapted(*network, support, f"query={query}")
     assert result["query_accuracy"] >= 0.9
     assert result["out"] == runs_folder / "classifiers" / result["run_id"]
+
+
+def test_other_files_in_out_stay_there_and_names_are_no_markup(
+    runs_folder, tmp_path, network, capsys
+):
+    photos(tmp_path / "in", {"a": 2, "b": 1})
+    lines = ["path,label", "a/0.png,[/b]", "a/1.png,[/b]", "b/0.png,[red]"]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "in" / "predictions.csv").write_text("of an earlier call")
+    given = f"support={tmp_path / 'in' / 'labels.csv'}"
+    first = adapted(*network, given, f"out={tmp_path / 'in'}")
+    said = capsys.readouterr().out
+    assert "unknown for classes of one photo, which cannot be left out: [red]" in said
+
+    def tracked(result: dict) -> list[str]:
+        found = store.connect().list_artifacts(result["run_id"], "predictions")
+        return sorted(Path(each.path).name for each in found)
+
+    assert tracked(first) == ["held_out.csv"]
+    result = adapted(*network, given, f"query={tmp_path / 'in' / 'a'}", f"out={tmp_path / 'in'}")
+    assert "[/b]" in capsys.readouterr().out
+    assert tracked(result) == ["held_out.csv", "predictions.csv", "predictions.html"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(runs_folder, tmp_path, network):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"out: .*file cannot be written \(File exists\)"):
+        adapted(*network, tmp_path / "no photos here", f"out={tmp_path / 'file'}")
 
 
 def test_one_photo_a_class_has_no_estimate(runs_folder, tmp_path, network, capsys):
@@ -247,6 +276,26 @@ def test_a_hostile_classifier_or_checkpoint_is_refused(runs_folder, tmp_path, mo
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["shutil.copytree", "pipeline.checkpoints.shutil.copytree", "pipeline.data.files.scan"],
+)
+def test_a_configuration_that_calls_something_else_is_refused(target, tmp_path):
+    """`weights_only=True` lets plain containers through, and Hydra calls what they name."""
+    (tmp_path / "from").mkdir()
+    file = saved(tiny_classifier(), tmp_path)
+    content = torch.load(file, weights_only=True)
+    call = {"_target_": target, "src": str(tmp_path / "from"), "dst": str(tmp_path / "to")}
+    config = content["photo_classifier"]["config"]
+    config["backbone"]["width"] = call
+    torch.save(content | {"pipeline": {"config": config}}, file)  # also a checkpoint
+    with pytest.raises(UserError, match=rf"names '{target}', which is no part .* nothing was run"):
+        PhotoClassifier.load(file)
+    with pytest.raises(UserError, match="which is no part"):
+        adapted(f"support={tmp_path}", f"checkpoint={file}")
+    assert not (tmp_path / "to").exists()
+
+
 def test_the_temperature_is_that_of_photos_left_out(tmp_path, network):
     support = read_support(photos(tmp_path / "s", dict.fromkeys("ab", 6)), 3, 32, True)
     cfg = compose_config("adapt", [*network, "support=none"])
@@ -262,3 +311,30 @@ def test_the_temperature_is_that_of_photos_left_out(tmp_path, network):
     assert classifier.can_reject
     assert (said.known >= 1 / 13).all()
     assert json.dumps(classifier.provenance)
+
+
+def test_a_transductive_learner_sees_all_classes_in_each_part(monkeypatch):
+    """Folders come class by class; what is said of a photo must not depend on that."""
+    monkeypatch.setattr("pipeline.classifier.BATCH", 8)
+    classifier = tiny_classifier("backbone.norm=batch_stats")
+    assert classifier.learner.protocol == "transductive"
+    queries, labels = strokes(8, seed=5)
+    queries[:, :, 0, 0] = labels[:, None]  # to know them by
+    seen, forward = [], PhotoClassifier.forward
+
+    def watched(self, photos):
+        seen.append(photos[:, 0, 0, 0])
+        return forward(self, photos)
+
+    monkeypatch.setattr(PhotoClassifier, "forward", watched)
+    said = classifier.predict(queries)
+    assert [len(part) for part in seen] == [8, 8, 8]
+    assert all(len(part.unique()) == 3 for part in seen)
+    assert (said.labels == labels).mean() > 0.8, "in the order that they came"
+
+
+def test_logits_that_are_not_finite_get_one_line():
+    classifier = tiny_classifier()
+    next(classifier.learner.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"ProtoNet: its logits .* are not finite"):
+        classifier.calibrate()

@@ -14,6 +14,7 @@ from pipeline import config
 from pipeline.compose import compose_config
 from pipeline.errors import UserError
 from pipeline.pretrained import CHUNK, TimmBackbone, load_file
+from pipeline.trained import given_learner
 
 TINY = "test_efficientnet"
 
@@ -127,6 +128,14 @@ def test_torchvision_takes_a_file_too(tmp_path):
     cfg = compose_config("train", ["backbone=torchvision", where])
     state = config.build_learner(cfg, (3, 32, 32)).backbone.model.state_dict()
     assert all(torch.equal(state[k], given[k]) for k in state)
+    shown = given_learner(compose_config("adapt", ["backbone=torchvision", where, "support=x"]))
+    assert list(shown.cfg.data.mean) == [0.485, 0.456, 0.406], "what the weights expect"
+    assert list(shown.cfg.data.std) == [0.229, 0.224, 0.225]
+
+
+def test_the_width_of_embeddings_is_that_of_the_last_layer():
+    network = TimmBackbone(3, "mobilenetv3_small_050", None, None, None).eval()
+    assert network(torch.rand(1, 3, 32, 32)).shape == (1, network.out_dim) == (1, 1024)
 
 
 class _Hostile:
@@ -147,9 +156,11 @@ def test_a_hostile_file_is_refused_and_not_run(tmp_path, monkeypatch):
 def test_bad_weights_get_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    torch.save({"epoch": 3, "net": {}}, tmp_path / "other.pth")
     for name, said in (
         ("none.pth", "no file .*none.pth"),
         ("text.pth", "text.pth .*(holds more than|no file of) weights"),
+        ("other.pth", "weights of another network"),
         ("vit.pth", "weights of another network: .* of .* tensors"),
     ):
         with pytest.raises(UserError, match=f"backbone.weights: .*{said}") as caught:
