@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -30,8 +32,10 @@ _ADDED = {"init_from": None}
 _NETWORKS = ("backbone.", "net.body.")
 """Where a learner keeps its network: an embedding learner and a gradient learner."""
 _PARTS = ("pipeline.learners.", "pipeline.heads.", "pipeline.data.", "pipeline.backbones",
-          "pipeline.pretrained", "pipeline.inner", "torch.nn.")  # fmt: skip
+          "pipeline.pretrained", "pipeline.inner")  # fmt: skip
 """Where the classes are that a stored configuration may name."""
+_KINDS = (nn.Module, Optimizer, LRScheduler)
+"""What such a class may be, wherever it is; beside them sources of data, which `load`."""
 
 
 class Provenance(Callback):
@@ -138,11 +142,14 @@ def _targets(node: Any) -> Iterator[Any]:
 
 
 def _is_part(target: Any) -> bool:
+    """Of this package, or a user's own of the same kinds."""
     try:
         found = hydra.utils.get_class(target)
     except Exception:  # no name, no such module, no class: each raises its own
         return False
-    return found.__module__.startswith(_PARTS) or issubclass(found, Optimizer | LRScheduler)
+    package = found.__module__.partition(".")[0]
+    loads = hasattr(found, "load") and package not in sys.stdlib_module_names
+    return found.__module__.startswith(_PARTS) or loads or issubclass(found, _KINDS)
 
 
 def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
