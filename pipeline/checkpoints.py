@@ -3,25 +3,21 @@
 import os
 import pickle
 import shutil
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.compose import parse_override
 from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.seen import Seen
+from pipeline.stored import stored_config
 
 KEY = "pipeline"
 _CAN_CHANGE = ("data.root", "data.split_file", "data.num_workers", "data.test_episodes",
@@ -31,11 +27,6 @@ _ADDED = {"init_from": None}
 """Root keys that older checkpoints lack."""
 _NETWORKS = ("backbone.", "net.body.")
 """Where a learner keeps its network: an embedding learner and a gradient learner."""
-_PARTS = ("pipeline.learners.", "pipeline.heads.", "pipeline.data.", "pipeline.backbones",
-          "pipeline.pretrained", "pipeline.inner")  # fmt: skip
-"""Where the classes are that a stored configuration may name."""
-_KINDS = (nn.Module, Optimizer, LRScheduler)
-"""What such a class may be, wherever it is; beside them sources of data, which `load`."""
 
 
 class Provenance(Callback):
@@ -108,48 +99,6 @@ def read_file(path: Path, key: str, what: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_file(path, KEY, "checkpoint")
-
-
-def stored_config(plain: dict[str, Any], path: Path) -> DictConfig:
-    """The configuration in a file that somebody else may have written.
-
-    Hydra calls whatever a `_target_` names, so here it has to be a class that learners and data are
-    made of, or an optimiser or a schedule.
-
-    Raises:
-        UserError: if one is anything else; it is not called.
-    """
-    cfg = OmegaConf.create(plain)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    for target in _targets(resolved):
-        if not _is_part(target):
-            raise UserError(
-                f"{path}: its configuration names {target!r}, which is no part of a learner or of "
-                "data; refused, nothing was run"
-            )
-    return OmegaConf.create(resolved)  # type: ignore[return-value]  # a mapping as before
-
-
-def _targets(node: Any) -> Iterator[Any]:
-    """Every `_target_` in nested containers."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for each in node:
-            yield from _targets(each)
-
-
-def _is_part(target: Any) -> bool:
-    """Of this package, or a user's own of the same kinds."""
-    try:
-        found = hydra.utils.get_class(target)
-    except Exception:  # no name, no such module, no class: each raises its own
-        return False
-    package = found.__module__.partition(".")[0]
-    loads = hasattr(found, "load") and package not in sys.stdlib_module_names
-    return found.__module__.startswith(_PARTS) or loads or issubclass(found, _KINDS)
 
 
 def restore_config(path: Path, overrides: Sequence[str] = ()) -> DictConfig:

@@ -153,12 +153,12 @@ def _cross_field_problems(cfg: DictConfig) -> Iterator[str]:
         )
     yield from data_problems(cfg.data)
     yield from target_problems(cfg)
-    network = hydra.utils.get_object(cfg.backbone._target_)
     plain_pixels = cfg.data.get("mean") in (None, [0.0]) and cfg.data.get("std") in (None, [1.0])
-    if "backbone" in parameters(learner) and hasattr(network, "standardises") and not plain_pixels:
+    if "backbone" in parameters(learner) and standardises(cfg.backbone) and not plain_pixels:
         yield (
             f"data.mean, data.std: found {plain(cfg.data.mean)}, {plain(cfg.data.std)}, but "
-            f"{network.__name__} standardises images by itself; give [0.0] and [1.0]"
+            f"{cfg.backbone._target_.rpartition('.')[2]} standardises images by itself; give [0.0] "
+            "and [1.0]"
         )
     on_images = learner.trains_on == "images"
     if on_images != bool(number := cfg.data.get("images_per_batch")):
@@ -240,6 +240,11 @@ def backbone_label(cfg: DictConfig) -> str:
     node = cfg.backbone
     name = node.name if "name" in node else node._target_.rpartition(".")[2]
     return f"{name}-{node.width}" if "width" in node else name
+
+
+def standardises(backbone: DictConfig) -> bool:
+    """Whether a network takes pixels in 0..1, standardising them by itself."""
+    return hasattr(hydra.utils.get_object(backbone._target_), "standardises")
 
 
 def _try_out(backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:

@@ -71,5 +71,15 @@ def _rows(given: Any) -> tuple[list[Any], list[str]]:
     if LABEL not in table:
         there = ", ".join(map(repr, table)) or "none"
         raise UserError(f"columns: found {there}; expected {COLUMN!r} and {LABEL!r}")
-    labels = ["" if pd.isna(label) else str(label).strip() for label in table[LABEL]]
-    return images_of(table), labels
+    return images_of(table), [_name(label) for label in table[LABEL]]
+
+
+def _name(label: Any) -> str:
+    """A cell as the name of a class; empty for none."""
+    if not pd.api.types.is_scalar(label):
+        raise UserError(f"{LABEL}: found {type(label).__name__}; expected a name, or nothing")
+    if pd.isna(label):
+        return ""
+    if isinstance(label, float) and label.is_integer():  # whole numbers beside an empty cell
+        label = int(label)
+    return str(label).strip()

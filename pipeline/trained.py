@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -17,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.with_head import WithHead
+from pipeline.stored import stored_config
 from pipeline.tracking.store import find_checkpoint
 
 KEY = "learner"
@@ -91,7 +91,7 @@ def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
     """A frozen network under a head, nothing trained."""
     side = cfg.image_size or DEFAULT_SIZE
     fixed = ["learner=frozen", "data=image_folder", "data.root=photos"]
-    if not hasattr(hydra.utils.get_object(cfg.backbone._target_), "standardises"):
+    if not config.standardises(cfg.backbone):
         fixed += IMAGENET
     whole = compose_config("train", [*fixed, f"data.image_shape=[3,{side},{side}]"])
     whole.backbone = cfg.backbone
@@ -120,9 +120,9 @@ def from_plain(plain: dict[str, Any], path: Path) -> Given:
     """What `as_plain` was given, weights to follow; found in the file `path`.
 
     Raises:
-        UserError: see `checkpoints.stored_config`.
+        UserError: see `stored.stored_config`.
     """
-    cfg = checkpoints.stored_config(plain["config"], path)
+    cfg = stored_config(plain["config"], path)
     return Given(rebuild(cfg), cfg, plain["provenance"])
 
 

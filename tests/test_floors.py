@@ -45,6 +45,7 @@ FLOORS = {
         "scoreboard",
         "tables",
         "seen",
+        "stored",
         "trained",
         "classifier",
         "adapted",
@@ -84,7 +85,7 @@ FLOORS = {
 ALLOWED = {  # library -> the floors or modules that may import it
     "mlflow": {"tracking"},
     "optuna": {"study"},
-    "hydra": {"compose", "config", "sources", "plan", "overview"},
+    "hydra": {"compose", "config", "sources", "plan", "overview", "stored"},
     "omegaconf": {4, 5},
     "pytorch_lightning": {2, 3, 4, 5},
     "matplotlib": {"figures", "inside_figures"},

@@ -81,7 +81,8 @@ def test_the_file_knows_names_temperature_and_threshold(classifier, written):
 
 @pytest.mark.parametrize("known", [0, 5, 18, 19, 20, 60])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_threshold_is_where_predict_begins_to_reject(known, ties):
+def test_the_threshold_is_where_predict_begins_to_reject(known, ties, monkeypatch):
+    monkeypatch.setattr("pipeline.classifier.BATCH", 999)
     classifier = tiny_classifier()
     scores = torch.randn(known, generator=torch.Generator().manual_seed(0))
     classifier.known_scores = (scores.round() if ties else scores).sort().values
@@ -89,7 +90,7 @@ def test_the_threshold_is_where_predict_begins_to_reject(known, ties):
         [classifier.known_scores, classifier.known_scores - 1e-4, torch.tensor([-99.0, 99.0])]
     )
     classifier.forward = lambda photos: around[:, None].expand(-1, 3)
-    rejected = classifier.predict(np.zeros((1, 1, SIDE, SIDE), np.uint8)).rejected
+    rejected = classifier.predict(np.zeros((len(around), 1, SIDE, SIDE), np.uint8)).rejected
     below = reject_below(classifier)
     assert rejected.tolist() == [below is not None and float(s) < below for s in around]
     assert rejected.any() == (known >= 19)

@@ -224,6 +224,8 @@ def test_a_learner_forgets_and_takes_any_table(learner):
     ):
         pd.testing.assert_frame_equal(learner.predict(given), first)
     assert learner.predict({"image": images[:2], "label": ["a", "b"]}).shape == (0, 4)
+    numbers = pd.DataFrame({"image": images[:3], "label": [0, 10, None]})  # pandas makes them 0.0
+    assert list(learner.predict(numbers).columns[2:]) == ["p(0)", "p(10)"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,7 @@ def test_a_learner_forgets_and_takes_any_table(learner):
         ({"image": ["x"], "label": [None]}, "label: found none; two are needed"),
         ({"image": ["x", "y"], "label": ["cat", "dog"]}, "image[0]: neither a file nor base64"),
         ({"image": ["x", "y"], "label": ["cat"]}, "columns: expected image and label (All arrays"),
+        ({"image": ["x", "y"], "label": [["cat"], "dog"]}, "label: found list; expected a name"),
         (5, "columns: expected image and label ("),
     ],
 )  # fmt: skip
