@@ -7,7 +7,8 @@ Floor 4, runs: compose, signature, keys, sources, trainer and config (configurat
     checkpoints, stored (configurations found in files), scoreboard (learners on test sets), tables
     (of the results), seen (what training saw, which no test may hold), processes (of one run),
     reporting (what a run leaves behind), inside (pictures of what a tested learner does), trained
-    (a learner to use), classifier (it, adapted to photos), adapted (what that leaves behind),
+    (a learner to use), classifier (it, adapted to photos), adapted and
+    adapted_pictures (what that leaves behind),
     serving and serving_learner (what MLflow runs of them), onnx_export, contact_sheet, tested,
     leaderboard, sections, html, pages (from tested runs to a report), plan, overview (of a survey),
     trial and uploads (what the page of demo does), tracking (MLflow; nothing else imports it).

@@ -2,37 +2,27 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.calibration import reliability, wilson_interval
-from pipeline.classifier import BATCH, Estimate, PhotoClassifier, Predictions
+from pipeline.adapted_pictures import Labelled, pictures
+from pipeline.calibration import wilson_interval
+from pipeline.classifier import Estimate, PhotoClassifier, Predictions
 from pipeline.contact_sheet import Shown, contact_sheet
 from pipeline.data.photos import Photos
 from pipeline.errors import UserError
-from pipeline.figures import inner_loop_figure
-from pipeline.functional import principal_components
-from pipeline.inside_figures import Embedded, embedding_figure, reliability_figure
-from pipeline.learners.evaluation import adapting_in, shown_steps
-from pipeline.learners.features import embeddings
-from pipeline.learners.gradient import GradientLearner, InnerCurve
-from pipeline.learners.held_out import held_out_logits
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from pipeline.tracking.run import Run
 
 LINES = 12  # predictions, and photos left out, that are printed; the files have all
-MANY = 100  # labelled photos from which on a reliability diagram is drawn
 
 
 class Adapted:
@@ -93,10 +83,23 @@ class Adapted:
                 lines.append(f"unknown for classes of one photo, which cannot be left out: {few}")
         else:
             lines.append("expected accuracy unknown: no class has two photos, to leave one out")
+        lines += self._copies()
         if not self.classifier.can_reject:
             needed = int(np.ceil(1 / self.classifier.reject)) - 1 if self.classifier.reject else 0
             why = f"needs {needed} photos left out, found {estimate.photos}" if needed else "is off"
             lines.append(f"no photo is said to look like none of the classes: reject {why}")
+        return lines
+
+    def _copies(self) -> list[str]:
+        """Lines on equal photos, which make accuracies look better than they are."""
+        given = [photo.tobytes() for photo in self.support.images]
+        lines = []
+        if copies := len(given) - len(set(given)):
+            lines.append(f"{copies} of its photos are copies of others: the estimate is too high")
+        if self.query is not None:
+            known = set(given)
+            if seen := sum(photo.tobytes() in known for photo in self.query.images):
+                lines.append(f"{seen} of the photos to classify are among those it was made from")
         return lines
 
     def predictions(self) -> pd.DataFrame:
@@ -213,60 +216,12 @@ class Adapted:
         run.log_metrics({k: v for k, v in numbers.items() if not np.isnan(v)}, 0)
         for path in files:
             run.log_file(path, "predictions")
-        for name, figure in self._figures():
-            run.log_figure(figure, f"figures/{name}.png")
-
-    def _figures(self) -> Iterator[tuple[str, "Figure"]]:
-        title = self.about()[0]
-        if shown := self._map():
-            yield "embeddings", embedding_figure(shown, title)
-        if isinstance(self.classifier.learner, GradientLearner):
-            yield "inner_steps", self._inner_steps(self.classifier.learner, title)
-        if self.said is not None and self.truth is not None and len(self.truth) >= MANY:
-            log_p, t = (
-                np.log(np.maximum(self.said.probabilities, 1e-30)),
-                self.classifier.temperature,
-            )
-            unscaled = torch.softmax(torch.from_numpy(log_p * t), 1)
-            before, after = (
-                reliability(p, self.truth) for p in (unscaled, self.said.probabilities)
-            )
-            about = f"{title}\n{len(self.truth)} photos; temperature from those left out"
-            yield "reliability", reliability_figure(before, after, t, about)
-
-    @torch.inference_mode()
-    def _map(self) -> Embedded | None:
-        """Support photos and labelled queries in two dimensions."""
-        parts, labels, predicted = [self.support.images], [self.labels], self.labels[:0]
+        labelled = None
         if self.query is not None and self.said is not None and self.truth is not None:
-            parts, labels = [*parts, self.query.images], [*labels, self.truth]
-            predicted = self.said.labels
-        z = []
-        for images in parts:
-            for part in torch.from_numpy(images).split(BATCH):
-                x = self.classifier.prepare(part.to(self.classifier.support.device))
-                z.append(embeddings(self.classifier.learner, x))
-        if any(each is None for each in z):
-            return None
-        points, shares = principal_components(
-            torch.cat([each for each in z if each is not None]), 2
-        )
-        at, share = (x.cpu().numpy() for x in (points, shares))
-        return Embedded(self.names, at, share, np.concatenate(labels), predicted)
-
-    @torch.inference_mode()
-    def _inner_steps(self, learner: GradientLearner, title: str) -> "Figure":
-        """Loss on the support photos, and accuracy on those left out, along the inner loop."""
-        x, y = self.classifier.prepare(self.classifier.support), self.classifier.support_y
-        steps, curve = shown_steps(learner), InnerCurve([], [])
-        for k in steps:
-            with adapting_in(learner, k):
-                logits, held = held_out_logits(learner, x, y)
-                curve.support_loss.append(float(learner.loss(learner.adapt(x, y)(x), y).mean()))
-            curve.query_accuracy.append(float((logits.argmax(1) == y[held]).float().mean()))
-        return inner_loop_figure(
-            {learner.label: curve}, steps, f"{title}\nqueries: photos left out"
-        )
+            labelled = Labelled(self.query.images, self.truth, self.said)
+        drawn = pictures(self.classifier, self.labels, labelled, self.about()[0])
+        for name, figure in drawn:
+            run.log_figure(figure, f"figures/{name}.png")
 
 
 def _shortened(paths: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pipeline.trial import Learned
 
 TITLE = "Teach it your own classes"
 START = 2  # rows at first, unless the learner takes another number
-STALE = 60  # seconds after which what lies in the folder of uploads has no owner
+STALE = 600  # seconds after which what lies in the folder of uploads has no owner
 _INTRO = f"""# {TITLE}
 Name two classes or more, drop a few photos of each (five are a good start) and press **Learn**: it
 says how well it is going to do. Then drop photos that it has not seen.

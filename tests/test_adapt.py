@@ -113,6 +113,8 @@ def test_uneven_numbers_of_photos_and_odd_files(runs_folder, tmp_path, network, 
     assert len(rows(tmp_path / "out" / "held_out.csv")) == 11  # all but the only one
     assert result["query_accuracy"] == 1
     said = capsys.readouterr().out
+    assert "12 of the photos to classify are among those it was made from" in said
+    assert "copies of others" not in said
     assert said.count("broken.jpg") == 2  # as support, as query
     assert "3 classes, 12 photos" in said
 
@@ -153,6 +155,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(runs_folder, tm
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"out: .*file cannot be written \(File exists\)"):
         adapted(*network, tmp_path / "no photos here", f"out={tmp_path / 'file'}")
+
+
+def test_copies_are_told(runs_folder, tmp_path, network, capsys):
+    support = photos(tmp_path / "support", {"a": 2, "b": 2})
+    photo(0, 0).save(support / "a" / "again.png")
+    adapted(*network, support)
+    assert "1 of its photos are copies of others" in capsys.readouterr().out
 
 
 def test_one_photo_a_class_has_no_estimate(runs_folder, tmp_path, network, capsys):

@@ -49,6 +49,7 @@ FLOORS = {
         "trained",
         "classifier",
         "adapted",
+        "adapted_pictures",
         "serving",
         "serving_learner",
         "onnx_export",
