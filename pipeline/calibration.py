@@ -111,7 +111,7 @@ def ece(probabilities: Values, y: Values, bins: int = 15) -> float:
     return reliability(probabilities, y, bins).ece()
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Score interval of a share that was found to be correct / n.
 
     Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953. Never outside of 0..1, and not

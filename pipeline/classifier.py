@@ -14,7 +14,7 @@ from pipeline.checkpoints import read_file
 from pipeline.data.transforms import to_float
 from pipeline.episode import Classifier
 from pipeline.errors import UserError
-from pipeline.learners.held_out import held_out_logits
+from pipeline.learners.held_out import held_out_logits, number_of_folds
 from pipeline.trained import Given, as_plain, from_plain
 
 KEY = "photo_classifier"
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         accuracy: in 0..1; nan if no photo could be left out.
-        interval: 95 % (Wilson), in 0..1.
+        interval: 95 %, in 0..1; see `calibration`.
         photos: how many were left out, of classes with two photos or more.
         correct: (photos,) which were right.
         indices: (photos,) which of the support photos they are.
@@ -225,6 +225,10 @@ class PhotoClassifier(nn.Module):
 def calibration(logits: Tensor, held: Tensor, support_y: Tensor) -> Calibration:
     """Accuracy, temperature and scores of photos that were left out.
 
+    The interval is Wilson's for fewer photos than were left out, n (k - 1) / (2 k - 1) of k folds:
+    each photo is support too in all folds but one, so they do not err apart from each other
+    (Nadeau, Bengio 2003, https://doi.org/10.1023/A:1024068626366, section 3).
+
     Args:
         logits, held: see `held_out_logits`.
         support_y: (m,) classes of all support photos.
@@ -234,7 +238,9 @@ def calibration(logits: Tensor, held: Tensor, support_y: Tensor) -> Calibration:
     predicted = logits.argmax(1)
     correct = (predicted == y).cpu().numpy()
     right, n = int(correct.sum()), len(held)
-    interval = wilson_interval(right, n)
+    k = number_of_folds(support_y.cpu().numpy())
+    apart = (k - 1) / (2 * k - 1)
+    interval = wilson_interval(apart * right, apart * n)
     arrays = (correct, held.cpu().numpy(), predicted.cpu().numpy())
     estimate = Estimate(right / n if n else float("nan"), interval, n, *arrays)
     return Calibration(estimate, temperature, scores(logits / temperature).sort().values.clone())

@@ -126,7 +126,7 @@ def test_what_the_estimate_says() -> None:
     text = " ".join(page.text.split())
     assert "100 % right on photos that it was not shown" in text
     assert "Of your 24 photos, 24 were right when each was left out" in text
-    assert "expect between 86 % and 100 % (95 % interval" in text
+    assert "expect between 75 % and 100 % (95 % interval" in text
     assert "cannot be told apart" not in text
 
     rows = [photos(40, 6) + photos(200, 1, seed=5), photos(200, 6)]  # one in the wrong class
