@@ -22,6 +22,8 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.tracking.run import Run
 
+FILES = ("predictions.csv", "predictions.html", "classifier.onnx", "classifier.pt2")
+"""What an earlier call may have left that this one does not write."""
 LINES = 12  # predictions, and photos left out, that are printed; the files have all
 
 
@@ -127,7 +129,9 @@ class Adapted:
         return pd.DataFrame(rows)
 
     def write(self, out: Path) -> list[Path]:
-        """All files, into a folder that is there; returns the tables and the page."""
+        """All files, in place of earlier ones in the folder; returns the tables and the page."""
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
         self.classifier.save(out / "classifier.pt")
         self.held_out().to_csv(held_out := out / "held_out.csv", index=False)
         if self.query is None or self.said is None:

@@ -4,13 +4,15 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from pipeline.compose import parse_override
@@ -95,6 +97,20 @@ def read_file(path: Path, key: str, what: str) -> dict[str, Any]:
     if not isinstance(found, dict) or key not in found:
         raise UserError(f"{what}: {path} was not written by this pipeline")
     return found
+
+
+@contextmanager
+def whole(path: Path, what: str) -> Iterator[None]:
+    """What does not fit together in a file of ours is a line.
+
+    Raises:
+        UserError: for entries that are missing or do not fit.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__
+        raise UserError(f"{what}: {path} is damaged ({reason})") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

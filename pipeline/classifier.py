@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline import sources
 from pipeline.calibration import conformal_p, fit_temperature, wilson_interval
-from pipeline.checkpoints import read_file
+from pipeline.checkpoints import read_file, whole
 from pipeline.data.transforms import to_float
 from pipeline.episode import Classifier
 from pipeline.errors import UserError
@@ -212,13 +212,14 @@ class PhotoClassifier(nn.Module):
             UserError: if it is no such file.
         """
         file = read_file(path, KEY, "classifier")
-        plain, state = file[KEY], file["state_dict"]
-        photos = state["support"], state["support_y"]
-        given = from_plain(plain, path)
-        classifier = cls(given, *photos, plain["class_names"], plain["reject"])
-        classifier.known_scores = torch.zeros_like(state["known_scores"])
-        classifier.load_state_dict(state)
-        classifier.temperature = plain["temperature"]
+        with whole(path, "classifier"):
+            plain, state = file[KEY], file["state_dict"]
+            photos = state["support"], state["support_y"]
+            given = from_plain(plain, path)
+            classifier = cls(given, *photos, plain["class_names"], plain["reject"])
+            classifier.known_scores = torch.zeros_like(state["known_scores"])
+            classifier.load_state_dict(state)
+            classifier.temperature = plain["temperature"]
         return classifier
 
 

@@ -138,8 +138,9 @@ def load_learner(path: Path) -> Given:
         UserError: if it is no such file.
     """
     file = checkpoints.read_file(path, KEY, "learner")
-    given = from_plain(file[KEY], path)
-    given.learner.load_state_dict(file["state_dict"])
+    with checkpoints.whole(path, "learner"):
+        given = from_plain(file[KEY], path)
+        given.learner.load_state_dict(file["state_dict"])
     return given
 
 

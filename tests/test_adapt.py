@@ -347,3 +347,22 @@ def test_logits_that_are_not_finite_get_one_line():
     next(classifier.learner.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"ProtoNet: its logits .* are not finite"):
         classifier.calibrate()
+
+
+def test_a_damaged_classifier_is_a_line(tmp_path, network):
+    support = read_support(photos(tmp_path / "s", dict.fromkeys("ab", 2)), 3, 32, True)
+    cfg = compose_config("adapt", [*network, "support=none"])
+    both = torch.from_numpy(support.images), torch.from_numpy(support.labels)
+    PhotoClassifier(given_learner(cfg), *both, support.class_names).save(tmp_path / "c.pt")
+    file = torch.load(tmp_path / "c.pt", weights_only=True)
+    state = file["state_dict"]
+    name = next(k for k in state if k.startswith("learner."))
+    for damaged in (
+        file | {"state_dict": {k: v for k, v in state.items() if k != name}},
+        file | {"state_dict": state | {name: torch.zeros(2)}},
+        {k: v for k, v in file.items() if k != "state_dict"},
+    ):
+        torch.save(damaged, tmp_path / "d.pt")
+        with pytest.raises(UserError, match=r"classifier: .*d.pt is damaged \(") as caught:
+            PhotoClassifier.load(tmp_path / "d.pt")
+        assert "\n" not in str(caught.value)
