@@ -57,8 +57,9 @@ def test_a_damaged_zip_is_named(tmp_path: Path) -> None:
 
 
 def test_decoded_once_until_a_file_changes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.data.decode._LONG", -1)  # even this takes long
     root, cache = tmp_path / "root", tmp_path / "cache"
     file = save(root / "a" / "1.bmp", picture(1))
     save(root / "b" / "1.png", picture(2))

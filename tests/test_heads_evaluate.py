@@ -61,7 +61,9 @@ def test_results_of_heads_stand_beside_those_of_the_learner(capsys):
 
 def test_a_gradient_learner_has_no_embeddings():
     cfg = compose_config("evaluate", ["run=abc", "head=tim"])
-    with pytest.raises(UserError, match="head: works on embeddings, but abc is a MAML, which has"):
+    with pytest.raises(
+        UserError, match="head: works on embeddings, but the run is of MAML, which has"
+    ):
         evaluate._under_head(build("maml"), cfg, trained_on=cfg, overrides=())
 
 
