@@ -10,15 +10,23 @@ from pipeline.calibration import reliability
 from pipeline.classifier import BATCH, PhotoClassifier, Predictions
 from pipeline.figures import inner_loop_figure
 from pipeline.functional import principal_components
-from pipeline.inside_figures import Embedded, embedding_figure, reliability_figure
+from pipeline.inside_figures import (
+    Embedded,
+    Point,
+    embedding_figure,
+    reliability_figure,
+    shape_figure,
+)
+from pipeline.learners.embedding import EmbeddingLearner
 from pipeline.learners.evaluation import adapting_in, shown_steps
 from pipeline.learners.features import embeddings
 from pipeline.learners.gradient import GradientLearner, InnerCurve
-from pipeline.learners.held_out import held_out_logits
+from pipeline.learners.held_out import accuracies_by_shots, held_out_logits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DRAWS, FEW_DRAWS = 20, 5  # of photos, for a point of a curve
 MANY = 100  # labelled photos from which on a reliability diagram is drawn
 
 
@@ -39,7 +47,7 @@ class Labelled(NamedTuple):
 def pictures(
     classifier: PhotoClassifier, support_y: np.ndarray, query: Labelled | None, title: str
 ) -> Iterator[tuple[str, "Figure"]]:
-    """Name and figure: embeddings, of gradient learners inner steps, of many queries reliability.
+    """Name and figure: embeddings, shots, of gradient learners inner steps, reliability.
 
     Args:
         classifier: calibrated.
@@ -49,6 +57,8 @@ def pictures(
     """
     if shown := _map(classifier, support_y, query):
         yield "embeddings", embedding_figure(shown, title)
+    if shots := _shots(classifier, title):
+        yield "shots", shots
     if isinstance(classifier.learner, GradientLearner):
         yield "inner_steps", _inner_steps(classifier, classifier.learner, title)
     if query and len(query.labels) >= MANY:
@@ -77,6 +87,20 @@ def _map(
     points, shares = principal_components(torch.cat(z), 2)
     at, share = points.cpu().numpy(), shares.cpu().numpy()
     return Embedded(classifier.class_names, at, share, labels, predicted)
+
+
+@torch.inference_mode()
+def _shots(classifier: PhotoClassifier, title: str) -> "Figure | None":
+    """Whether more photos would help; None if they are too few for two points."""
+    x, y = classifier.prepare(classifier.support), classifier.support_y
+    n_way, learner = len(classifier.class_names), classifier.learner
+    draws = DRAWS if isinstance(learner, EmbeddingLearner) and learner.embeds_once else FEW_DRAWS
+    found = accuracies_by_shots(learner, x, y, draws)
+    if len(found) < 2:
+        return None
+    points = [Point(n_way, k, float(a.mean()), 1.96 * float(a.std())) for k, a in found.items()]
+    title = f"{title}\n{draws} draws of its photos a point, the others asked; band: 95 % of draws"
+    return shape_figure(points, n_way, [], title)
 
 
 @torch.inference_mode()

@@ -93,7 +93,7 @@ def test_five_photos_a_class(runs_folder, tmp_path, network, capsys):
     assert run.data.metrics["held_out/acc"] == 1
     assert run.data.tags["protocol"] == "inductive"
     figures = {a.path for a in client.list_artifacts(result["run_id"], "figures")}
-    assert "figures/embeddings.png" in figures
+    assert {"figures/embeddings.png", "figures/shots.png"} <= figures
     again = PhotoClassifier.load(out / "classifier.pt")
     other = read_support(query, 3, 32, True)
     given = again.predict(other.images).probabilities

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.learners.held_out import FOLDS, folds, held_out_logits
+from pipeline.learners.held_out import FOLDS, accuracies_by_shots, folds, held_out_logits
 from tests.test_learners import build
 
 
@@ -60,3 +60,21 @@ def test_nothing_to_leave_out():
     )
     assert logits.shape == (0, 3)
     assert held.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["protonet", "maml"])
+def test_accuracy_by_shots_is_of_the_images_left_over(name):
+    """The images of a class are copies of each other: one is enough."""
+    learner = build(name).eval()
+    x = torch.zeros(12, 1, 10, 10)
+    y = torch.arange(3).repeat_interleave(4)
+    torch.manual_seed(0)
+    x[:] = torch.rand(3, 1, 10, 10)[y]
+    found = accuracies_by_shots(learner, x, y, draws=3)
+    assert list(found) == [1, 2, 3]
+    assert all(len(each) == 3 for each in found.values())
+    if name == "protonet":
+        assert all((each == 1).all() for each in found.values())
+    again = accuracies_by_shots(learner, x, y, draws=3)
+    assert all((found[k] == again[k]).all() for k in found)
+    assert accuracies_by_shots(learner, x[::4], y[::4]) == {}

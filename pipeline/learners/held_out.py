@@ -13,6 +13,7 @@ from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 
 FOLDS = 10  # at most
+SHOTS = (1, 2, 3, 4, 5, 7, 10, 15, 20)
 
 
 def folds(support_y: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -75,14 +76,50 @@ def held_out_logits(
 def _folds_judged(
     learner: MetaLearner, x: Tensor, y: Tensor, n_way: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices and logits of each fold; images are embedded once where that is the same."""
+    """Indices and logits of each fold."""
     fold = torch.from_numpy(folds(y.cpu().numpy())).to(y.device)
-    adapt: Callable[[Tensor, Tensor], Classifier] = learner.adapt
-    if isinstance(learner, EmbeddingLearner) and learner.embeds_once:
-        x, adapt = embedded(learner, x), partial(_head, learner, n_way)
+    x, adapt = _ready(learner, x, n_way)
     for each in range(int(fold.max()) + 1):
         query, support = (fold == each).nonzero().flatten(), fold != each
         yield query, adapt(x[support], y[support])(x[query])
+
+
+@torch.inference_mode()
+def accuracies_by_shots(
+    learner: MetaLearner, x: Tensor, support_y: Tensor, draws: int = 20, seed: int = 0
+) -> dict[int, np.ndarray]:
+    """Accuracy of the learner adapted to fewer images a class, on the images left over.
+
+    Args:
+        learner, x, support_y: see `held_out_logits`.
+        draws: random choices of the images that are adapted to.
+        seed: of them.
+
+    Returns:
+        By shots, those of `SHOTS` that leave an image of each class over: (draws,) in 0..1.
+    """
+    y, random = support_y.cpu().numpy(), np.random.default_rng(seed)
+    least = int(np.bincount(y).min())
+    x, adapt = _ready(learner, x, count_ways(support_y))
+    found = {}
+    for k in [k for k in SHOTS if k < least]:
+        accuracies = []
+        for _ in range(draws):
+            chosen = [random.permutation(np.flatnonzero(y == c))[:k] for c in np.unique(y)]
+            given = torch.from_numpy(np.isin(np.arange(len(y)), chosen)).to(x.device)
+            logits = adapt(x[given], support_y[given])(x[~given])
+            accuracies.append(float((logits.argmax(1) == support_y[~given]).float().mean()))
+        found[k] = np.array(accuracies)
+    return found
+
+
+def _ready(
+    learner: MetaLearner, x: Tensor, n_way: int
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Classifier]]:
+    """Images, and what adapts to them: embedded once, and a head, where that is the same."""
+    if isinstance(learner, EmbeddingLearner) and learner.embeds_once:
+        return embedded(learner, x), partial(_head, learner, n_way)
+    return x, learner.adapt
 
 
 def _head(learner: EmbeddingLearner, n_way: int, z: Tensor, y: Tensor) -> Classifier:
