@@ -153,7 +153,11 @@ def test_what_smooths_before_it_shrinks_is_equal():
         ),
         ("feat", "export: FEAT classifies by vmap, which cannot be exported"),
         ("relation_net", "export: torch.export cannot express this learner ("),
-        ("matching_net", "export: ONNX cannot express this learner (No ONNX function found for"),
+        pytest.param(
+            "matching_net",
+            "export: ONNX cannot express this learner (No ONNX function found for",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_a_line_and_stays_whole(learner, line, tmp_path):
