@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWS, FEW_DRAWS = 20, 5  # of photos, for a point of a curve
+MAPPED = 200  # queries at most on the map: more hide each other, and each is embedded again
 MANY = 100  # labelled photos from which on a reliability diagram is drawn
 
 
@@ -78,8 +79,10 @@ def _map(
     """Support photos and queries in two dimensions; None of a learner without embeddings."""
     photos, labels, predicted = classifier.support, support_y, support_y[:0]
     if query:
-        photos = torch.cat([photos, torch.from_numpy(query.images).to(photos.device)])
-        labels, predicted = np.concatenate([labels, query.labels]), query.said.labels
+        shown = np.linspace(0, len(query.labels) - 1, min(MAPPED, len(query.labels))).astype(int)
+        photos = torch.cat([photos, torch.from_numpy(query.images[shown]).to(photos.device)])
+        labels = np.concatenate([labels, query.labels[shown]])
+        predicted = query.said.labels[shown]
     parts = [embeddings(classifier.learner, classifier.prepare(p)) for p in photos.split(BATCH)]
     z = [part for part in parts if part is not None]
     if not z:

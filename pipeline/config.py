@@ -119,7 +119,7 @@ def _signature_problems(node: DictConfig, path: str) -> Iterator[str]:
     try:
         target = hydra.utils.get_object(node._target_)
         known = parameters(target)
-    except Exception as error:  # whatever an import of the user's own module raises
+    except Exception as error:  # importing the user's own module may raise anything at all
         yield f"{path}._target_: {node._target_!r} cannot be imported ({_first_line(error)})"
         return
     if path == "data":  # an image source and the episodes drawn from it share one flat node

@@ -52,7 +52,7 @@ def export_onnx(classifier: PhotoClassifier, path: Path) -> float:
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx asks for it late)
+        import onnxscript  # noqa: F401  # torch.onnx imports it late, and names no package then
     except ImportError as error:
         raise UserError(f"{INSTALL} ({error.name} is missing)") from error
     module, program = _program(classifier)

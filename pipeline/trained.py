@@ -1,4 +1,4 @@
-"""A run that was trained, ready to be used. Floor 4."""
+"""Learners ready to be used: of a run, of a file, or a network with weights. Floor 4."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +89,9 @@ def given_learner(cfg: DictConfig) -> Given:
 
 def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
     """A frozen network under a head, nothing trained."""
+    weights = cfg.backbone.get("weights")
+    if weights is None:
+        raise UserError("backbone.weights: found null; without a run the network needs weights")
     side = cfg.image_size or DEFAULT_SIZE
     fixed = ["learner=frozen", "data=image_folder", "data.root=photos"]
     if not config.standardises(cfg.backbone):
@@ -99,9 +102,6 @@ def _with_weights(cfg: DictConfig, head: DictConfig | None) -> Given:
         whole.learner.head = head
     config.check(whole)
     learner = config.build_learner(whole, sources.image_shape(whole.data)).eval()
-    weights = cfg.backbone.get("weights")
-    if weights is None:
-        raise UserError("backbone.weights: found null; without a run the network needs weights")
     return Given(learner, whole, _described(learner, whole) | {"weights": weights})
 
 

@@ -213,13 +213,13 @@ def test_the_time_of_a_transductive_head_is_with_its_queries(monkeypatch):
     learner, asked = under("bd_cspn"), []
     inductive = under("nearest_mean")
     for each in (learner, inductive):
-        forward = each.top.forward
+        forward = each.task_head.forward
 
         def counted(*inputs, forward=forward):
             classify = forward(*inputs)
             return lambda q: asked.append(len(q)) or classify(q)
 
-        monkeypatch.setattr(each.top, "forward", counted)
+        monkeypatch.setattr(each.task_head, "forward", counted)
     adaptation_seconds(inductive, blob_data(), "val", 3, 2, 4, tasks=2)
     assert asked == []
     adaptation_seconds(learner, blob_data(), "val", 3, 2, 4, tasks=2)

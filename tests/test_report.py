@@ -25,8 +25,8 @@ EPISODES = 60
 def quick(monkeypatch):
     """Runs without what git and the system have to say; nothing published."""
     monkeypatch.setattr(report, "_published", list)
-    monkeypatch.setattr(tracking, "_environment", dict)
-    monkeypatch.setattr(tracking, "_monitor", lambda run, resumed: None)
+    monkeypatch.setattr(tracking, "environment", dict)
+    monkeypatch.setattr(tracking, "start_monitor", lambda run, resumed: None)
 
 
 def record(

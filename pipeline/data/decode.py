@@ -177,7 +177,7 @@ def decode_each(
             for i in range(start, min(start + size, len(entries))):
                 try:
                     out[i] = pixels(read(entries[i]), fit)
-                except Exception as error:  # decoders raise a dozen kinds on damaged files
+                except Exception as error:  # OSError, SyntaxError, struct.error, ... by decoder
                     bad[i] = reason(error)
                     if refuse:
                         raise refuse(i, bad[i]) from error

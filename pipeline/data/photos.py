@@ -2,7 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -103,10 +104,8 @@ def decode_bytes(data: bytes, channels: int, size: int) -> np.ndarray:
     Raises:
         UserError: if it cannot be read.
     """
-    try:
+    with _readable():
         return pixels(data, partial(fit, channels=channels, size=size))
-    except Exception as error:  # decoders raise a dozen kinds
-        raise UserError(f"the image cannot be read ({reason(error)})") from error
 
 
 def from_pil(image: Image.Image, channels: int, size: int) -> np.ndarray:
@@ -115,10 +114,16 @@ def from_pil(image: Image.Image, channels: int, size: int) -> np.ndarray:
     Raises:
         UserError: if it is too large, damaged or empty.
     """
-    try:
+    with _readable():
         check_pixels(*image.size)
         return planes(fit(image.copy(), channels, size))
-    except Exception as error:  # an image that is loaded only now
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # OSError, SyntaxError, struct.error, ... by decoder
         raise UserError(f"the image cannot be read ({reason(error)})") from error
 
 

@@ -8,6 +8,7 @@ from pipeline.blocks import is_transductive
 from pipeline.data.datamodule import EpisodicDataModule
 from pipeline.episode import Classifier, Episode
 from pipeline.functional import Loss, count_ways
+from pipeline.heads.base import Head
 from pipeline.learners.base import MetaLearner, OptimizerFactory, SchedulerFactory
 
 EMBED_BATCH = 256  # images, where no gradient is wanted
@@ -21,6 +22,9 @@ class EmbeddingLearner(MetaLearner):
     With an inductive backbone an image's embedding does not depend on its episode, so a whole
     split can be embedded once and thousands of episodes become gathers (see `evaluation`). A
     learner gives `head`, for one task, or `heads`, for many: each is written by the other.
+
+    Attributes:
+        task_head: of conf/head, if that is what `head` calls.
     """
 
     def __init__(
@@ -32,6 +36,13 @@ class EmbeddingLearner(MetaLearner):
     ) -> None:
         super().__init__(optimizer, scheduler, loss)
         self.backbone = backbone
+        self.task_head: Head | None = None
+
+    @property
+    def protocol(self) -> str:
+        """See `MetaLearner.protocol`; a head of conf/head may look at all queries too."""
+        looks = self.task_head is not None and self.task_head.transductive
+        return "transductive" if looks else super().protocol
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (m, C, H, W) -> embeddings (m, d)."""

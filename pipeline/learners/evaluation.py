@@ -26,7 +26,6 @@ from pipeline.learners.base import MetaLearner
 from pipeline.learners.embedding import EMBED_BATCH, EmbeddingLearner
 from pipeline.learners.gradient import GradientLearner
 from pipeline.learners.regression import FunctionScorer
-from pipeline.learners.with_head import WithHead
 
 CHUNK = 16  # episodes predicted at a time
 GATHERED = 2**23  # numbers in the embeddings gathered at a time, 32 MiB
@@ -234,7 +233,7 @@ def score_by_steps(
     out = {}
     for k in shown_steps(learner):
         with adapting_in(learner, k):
-            out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]  # of that data
+            out[k] = scorer.score(sampler, episodes).interval().mean  # type: ignore[arg-type]  # scorer and sampler are both of `data`
     return out
 
 
@@ -258,8 +257,8 @@ def adaptation_seconds(
     """
     device, was_training = learner.device, learner.training
     sampler = data.sampler(split, n_way, k_shot, n_query)
-    own = learner.top if isinstance(learner, WithHead) else getattr(learner, "task_head", None)
-    with_queries = own is not None and own.transductive
+    head = learner.task_head if isinstance(learner, EmbeddingLearner) else None
+    with_queries = head is not None and head.transductive
     learner.eval()
     seconds = []
     with torch.inference_mode():

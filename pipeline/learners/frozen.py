@@ -18,6 +18,8 @@ class Frozen(EmbeddingLearner):
         scale: factor of the logits, an inverse temperature: changes no prediction.
     """
 
+    task_head: Head
+
     def __init__(self, backbone: nn.Module, head: Head, scale: PositiveFloat) -> None:
         super().__init__(backbone, optimizer=None, scheduler=None)
         if head.features == "CL2N":
@@ -32,11 +34,6 @@ class Frozen(EmbeddingLearner):
     def label(self) -> str:
         """That it is frozen, and the head's name."""
         return f"Frozen + {self.task_head.label}"
-
-    @property
-    def protocol(self) -> str:
-        """See `MetaLearner.protocol`."""
-        return "transductive" if self.task_head.transductive else super().protocol
 
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`."""

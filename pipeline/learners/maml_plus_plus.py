@@ -180,7 +180,7 @@ class MamlPlusPlus(GradientLearner):
         watcher, running = twin(self), self._statistics()
         for part in watcher.modules():
             if isinstance(part, FirstBlock):  # it does without calling its norm
-                part.__class__ = ConvBlock  # type: ignore[assignment]  # its parent
+                part.__class__ = ConvBlock  # type: ignore[assignment]  # back to its parent; mypy takes __class__ for constant
 
         def watch(row: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].to(row.dtype)

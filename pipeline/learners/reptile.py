@@ -72,7 +72,7 @@ class Reptile(GradientLearner):
         grads_of: Callable[..., Params],
     ) -> Params:
         phi = {k: v.detach().clone() for k, v in start.items()}
-        optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # any iterable
+        optimizer: Optimizer = self.make_inner_optimizer(phi.values())  # type: ignore[arg-type]  # torch says lists, takes any iterable
         for batch in batches:
             for k, g in grads_of(phi, *batch).items():
                 phi[k].grad = g

@@ -53,6 +53,7 @@ class Transfer(EmbeddingLearner):
     """
 
     trains_on: ClassVar[TrainsOn] = "images"
+    task_head: Head
     base_mean: Tensor
     """(d,) mean embedding of training images, as of the last validation."""
 
@@ -82,17 +83,12 @@ class Transfer(EmbeddingLearner):
         """The head's name."""
         return self.task_head.label
 
-    @property
-    def protocol(self) -> str:
-        """See `MetaLearner.protocol`."""
-        return "transductive" if self.task_head.transductive else super().protocol
-
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`."""
         classify: Classifier = self.task_head(support_z, support_y, n_way, self.base_mean)
         return classify
 
-    def meta_loss(self, batch: Images) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # what it trains on
+    def meta_loss(self, batch: Images) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # trains_on images: never given an episode
         """Cross-entropy of the classifier; see `MetaLearner.meta_loss`."""
         assert self.classifier is not None, "made without training classes"
         logits = self.classifier(self.embed(batch.x))  # (b, n_train_classes)
@@ -101,4 +97,4 @@ class Transfer(EmbeddingLearner):
 
     def on_validation_epoch_start(self) -> None:
         """Measure the base mean, which a checkpoint of this validation holds."""
-        self.base_mean.copy_(base_mean(self, self.trainer.datamodule))  # type: ignore[attr-defined]  # Lightning sets it
+        self.base_mean.copy_(base_mean(self, self.trainer.datamodule))  # type: ignore[attr-defined]  # Trainer.fit sets it, untyped

@@ -22,11 +22,13 @@ class WithHead(EmbeddingLearner):
         suffix: added to the head's name.
     """
 
+    task_head: Head
+
     def __init__(
         self, learner: EmbeddingLearner, head: Head, base_mean: Tensor | None, suffix: str = ""
     ) -> None:
         super().__init__(learner.backbone, optimizer=None, scheduler=None)
-        self.trained, self.top = learner, head
+        self.trained, self.task_head = learner, head
         self.short_label = head.label + suffix
         self.register_buffer("base_mean", base_mean, persistent=False)
         self.requires_grad_(False)
@@ -36,11 +38,6 @@ class WithHead(EmbeddingLearner):
         """Both names."""
         return f"{self.trained.label} + {self.short_label}"
 
-    @property
-    def protocol(self) -> str:
-        """Transductive if the head or a norm of the network is."""
-        return "transductive" if self.top.transductive else super().protocol
-
     def embed(self, x: Tensor) -> Tensor:
         """As the trained learner."""
         return self.trained.embed(x)
@@ -48,7 +45,7 @@ class WithHead(EmbeddingLearner):
     def head(self, support_z: Tensor, support_y: Tensor, n_way: int) -> Classifier:
         """See `EmbeddingLearner.head`; the queries must be all those of the task."""
         mean = self.base_mean if self.base_mean is not None else torch.zeros_like(support_z[0])
-        return self.top(support_z, support_y, n_way, mean)
+        return self.task_head(support_z, support_y, n_way, mean)
 
     def heads(self, support_z: Tensor, support_y: Tensor, query_z: Tensor, n_way: int) -> Tensor:
         """See `EmbeddingLearner.heads`; as many tasks at a time as memory near the processor holds.

@@ -1,25 +1,20 @@
 """One run: what is written to it, and how it is opened and closed."""
 
-import getpass
 import json
-import platform
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.pool import PROJECT
 from pipeline.processes import handling
 from pipeline.tracking import store
 from pipeline.tracking.outbox import Outbox, deliver_orphans
+from pipeline.tracking.surroundings import environment, start_monitor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _PARAM_LIMIT = 6000  # characters of a value; config.yaml has all of it
-_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "mlflow", "meta-learning-pipeline")
 
 
 class Run:
@@ -197,8 +191,8 @@ def tracked_run(
     try:
         with sigterm_interrupts():
             run.log_params(config, changed=bool(resume))
-            run.set_tags({**_environment(), **tags})
-            monitor = _monitor(run, resumed=bool(resume))
+            run.set_tags({**environment(), **tags})
+            monitor = start_monitor(run, resumed=bool(resume))
             yield run
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -243,58 +237,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
-
-
-def _environment() -> dict[str, str]:
-    tags = {
-        "host": socket.gethostname(),
-        "version.python": platform.python_version(),
-        "mlflow.source.type": "LOCAL",  # these three have a place of their own in MLflow's UI
-        "mlflow.source.name": Path(sys.argv[0]).name,
-    }
-    with suppress(OSError, KeyError):  # a user id without a name
-        tags["mlflow.user"] = getpass.getuser()
-    for package in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            tags[f"version.{package}"] = metadata.version(package)
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        tags["git.commit"] = tags["mlflow.source.git.commit"] = _git("rev-parse", "HEAD")
-        tags["git.dirty"] = str(bool(_git("status", "--porcelain"))).lower()
-    return tags
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PROJECT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _monitor(run: Run, resumed: bool) -> Any:
-    """A started monitor of system metrics, or None where psutil is missing."""
-    try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-    except ImportError:
-        return None
-
-    class Monitor(SystemMetricsMonitor):
-        def monitor(self) -> None:
-            """Until the run ends: MLflow's own loop gives up when its server goes away."""
-            while True:
-                for _ in range(self.samples_before_logging):
-                    self.collect_metrics()
-                    if self._shutdown_event.wait(self.sampling_interval):
-                        return
-                self.publish_metrics(self.aggregate_metrics())
-
-        def publish_metrics(self, metrics: dict[str, float]) -> None:
-            """Through the run, so that a lost server loses none."""
-            run.log_metrics({f"system/{k}": v for k, v in metrics.items()}, self._logging_step)
-            self._logging_step += 1
-            for monitor in self.monitors:
-                monitor.clear_metrics()
-
-    monitor = Monitor(run.run_id, resume_logging=resumed, tracking_uri=store.tracking_uri())
-    monitor.start()
-    return monitor
 
 
 @contextmanager
