@@ -87,7 +87,7 @@ class Adapted:
             lines.append("expected accuracy unknown: no class has two photos, to leave one out")
         lines += self._copies()
         if not self.classifier.can_reject:
-            needed = int(np.ceil(1 / self.classifier.reject)) - 1 if self.classifier.reject else 0
+            needed = self.classifier.needed_to_reject
             why = f"needs {needed} photos left out, found {estimate.photos}" if needed else "is off"
             lines.append(f"no photo is said to look like none of the classes: reject {why}")
         return lines

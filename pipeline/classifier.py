@@ -1,5 +1,6 @@
 """PhotoClassifier: a learner adapted to somebody's photos, to be kept, sent and served. Floor 4."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -166,9 +167,15 @@ class PhotoClassifier(nn.Module):
         return found.estimate
 
     @property
+    def needed_to_reject(self) -> int | None:
+        """How many photos have to be held out for any score to be low enough; None: never is."""
+        return math.ceil(1 / self.reject - 1) if self.reject else None
+
+    @property
     def can_reject(self) -> bool:
-        """Whether enough photos were held out for any score to be low enough."""
-        return 1 / (len(self.known_scores) + 1) <= self.reject
+        """Whether so many were."""
+        needed = self.needed_to_reject
+        return needed is not None and len(self.known_scores) >= needed
 
     @torch.inference_mode()
     def predict(

@@ -181,7 +181,7 @@ def estimate_html(learned: Learned) -> str:
         given=len(classes),
         mistakes=list(zip(pictures, [names[classes[i]] for i in wrong], taken_for, strict=True)),
         can_reject=classifier.can_reject,
-        needed=int(np.ceil(1 / classifier.reject - 1)) if classifier.reject else None,
+        needed=classifier.needed_to_reject,
         calibrated=estimate.photos >= MIN_FOR_TEMPERATURE,
     )
 
